@@ -1,0 +1,147 @@
+"""The seeded models that all parity tests share: Hugging Face's, with weights that hide nothing, and ours with the same.
+
+Hugging Face's own initialisation has zero biases, unit norms and flat attention, under which wrong masks, windows and
+positions cost nothing. Here matrices are scaled until attention is peaked (asserted in test_model.py), biases and norm
+weights are random, and the head is untied.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
+
+from load_weights import LIVE_PREFIXES, load_config
+from model import Qwen2_5_VL
+from vision import eager, sdpa
+
+logging.set_verbosity_error()
+TOLERANCE = 1e-5        # of the largest value, in float32
+IMAGE, VIDEO, START, END, VOCABULARY = 507, 508, 509, 510, 512
+
+
+def distance(ours, theirs):
+    """The largest difference, as a share of the largest value."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def config_dict(**changes):
+    """A small config.json, nested as transformers 5 writes it; `changes` by key, vision's with the prefix vision_."""
+    text = dict(
+        hidden_size=256, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=VOCABULARY, rms_norm_eps=1e-6, max_position_embeddings=4096,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
+    )
+    vision = dict(
+        depth=4, hidden_size=160, intermediate_size=224, num_heads=4, out_hidden_size=256, in_channels=3, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3], tokens_per_second=2,
+    )
+    for name, value in changes.items():
+        if name.startswith("vision_"):
+            vision[name.removeprefix("vision_")] = value
+        else:
+            text[name] = value
+    return dict(
+        model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=IMAGE,
+        video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+    )
+
+
+def fill(model, generator):
+    """Weights that hide nothing."""
+    for name, p in model.named_parameters():
+        if p.ndim > 1:      # 4 times Hugging Face's standard deviation at width 256, as much at others
+            p.data.normal_(0, 0.08 * math.sqrt(256 / p[0].numel()), generator=generator)
+        elif name.endswith("bias"):
+            p.data.normal_(0, 0.2, generator=generator)
+        else:
+            p.data.uniform_(0.5, 1.5, generator=generator)
+
+
+def published_names(state):
+    for live, published in LIVE_PREFIXES.items():
+        state = {published + name.removeprefix(live) if name.startswith(live) else name: p for name, p in state.items()}
+    return state
+
+
+@dataclass
+class Pair:
+    """Hugging Face's model and ours, of the same config and weights, both for one attention."""
+    hf: Qwen2_5_VLForConditionalGeneration
+    ours: Qwen2_5_VL
+
+
+def make_pair(directory, attention="sdpa", seed=0, **changes):
+    saved = config_dict(**changes)
+    (directory / "config.json").write_text(json.dumps(saved))
+    hf = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**saved), attn_implementation=attention)
+    fill(hf.eval().requires_grad_(False), torch.Generator().manual_seed(seed))
+    ours = Qwen2_5_VL(load_config(directory), dict(sdpa=sdpa, eager=eager)[attention]).eval().requires_grad_(False)
+    ours.load_state_dict(published_names(hf.state_dict()), strict=True)
+    return Pair(hf, ours)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """pairs("sdpa") and pairs("eager")."""
+    return lru_cache(lambda attention: make_pair(tmp_path_factory.mktemp(attention), attention))
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def pair(request, pairs):
+    return pairs(request.param)
+
+
+# ---------------------------------------------------------------------------- inputs
+
+def media(grids, generator):
+    """Random pixels and the grid tensor for a list of (t, h, w) in patches."""
+    if not grids:
+        return None, None
+    grid_thw = torch.tensor(grids)
+    return torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * 14 * 14, generator=generator), grid_thw
+
+
+def prompts(rows, seed=0):
+    """A left-padded batch in the shape of a processor's dict. A row is a list of: how many tokens of text, a picture
+    as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, types, images, videos, seconds = [], [], [], [], []
+    for row in rows:
+        tokens, kinds = [], []
+        for item in row:
+            if isinstance(item, int):
+                tokens += torch.randint(0, 500, (item,), generator=generator).tolist()
+                kinds += [0] * item
+                continue
+            if len(item) == 2:
+                images.append((1, *item))
+                kind, token, n = 1, IMAGE, item[0] * item[1] // 4
+            else:
+                videos.append(item[:3])
+                seconds.append(item[3])
+                kind, token, n = 2, VIDEO, math.prod(item[:3]) // 4
+            tokens += [START] + [token] * n + [END]
+            kinds += [0] + [kind] * n + [0]
+        ids.append(tokens)
+        types.append(kinds)
+    longest = max(map(len, ids))
+    pad = lambda rows, value: torch.tensor([[value] * (longest - len(row)) + row for row in rows])
+    inputs = dict(
+        input_ids=pad(ids, 0), attention_mask=pad([[1] * len(row) for row in ids], 0),
+        mm_token_type_ids=pad(types, 0).int(),
+    )
+    inputs["pixel_values"], inputs["image_grid_thw"] = media(images, generator)
+    inputs["pixel_values_videos"], inputs["video_grid_thw"] = media(videos, generator)
+    inputs["second_per_grid_ts"] = torch.tensor(seconds) if seconds else None
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def hf_logits(hf, inputs, position_ids=None):
+    hf.model.rope_deltas = None     # left over from an earlier call
+    return hf(**inputs, position_ids=position_ids, use_cache=False).logits

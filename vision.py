@@ -1,0 +1,234 @@
+"""Patches become tokens: the vision transformer, and the parts that both towers share.
+
+Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then patch embedding, windows, block, merger,
+tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis. Most blocks attend inside
+windows of 112 x 112 pixels, a few inside the whole frame, none across frames or items: time exists only in the
+decoder. Sizes in pixels: a patch is 14, a merge group (2 x 2 patches, one token for the decoder) 28, a window 112.
+
+Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
+
+Shapes: N patches, C width, H heads, D head dim, B batch or windows, T queries, S keys, G groups of queries per key head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rope import rotate, vision_positions, vision_rotary
+
+CAUSAL = "causal"   # a mask that needs no tensor: as many queries as keys, each sees those up to itself
+Mask = Tensor | str | None
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+NORM_EPS = 1e-6     # of the tower; not in config.json
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    depth: int                              # blocks
+    hidden_size: int
+    intermediate_size: int                  # width of the MLPs
+    num_heads: int
+    out_hidden_size: int                    # the decoder's width
+    in_chans: int
+    patch_size: int                         # pixels
+    temporal_patch_size: int                # frames
+    spatial_merge_size: int                 # patches a side of a merge group
+    window_size: int                        # pixels, not patches
+    fullatt_block_indexes: tuple[int, ...]  # blocks that attend inside the whole frame
+    tokens_per_second: int                  # the decoder's time positions per second of video
+
+
+# ---------------------------------------------------------------------------- shared with the decoder
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, and only then times the weight: in bfloat16 the order shows."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention by torch's fused kernels; no tensor of T x S unless the mask is one.
+
+    q: (B, H, T, D); k and v: (B, key heads, S, D), each key head serving H / key heads neighbouring query heads.
+    mask: None (every query sees every key), CAUSAL, or a tensor to add to the scores, broadcast to (B, 1, T, S).
+    Returns (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    if T == 1 and mask is not CAUSAL:
+        # Decoding: queries that share a key head become the query axis, so that no key is read twice.
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask).reshape(B, H, T, D)
+    if mask is CAUSAL:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=H != k.shape[1])
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), summed in float32; arguments as for `sdpa`."""
+    T, S = q.shape[2], k.shape[2]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    if mask is CAUSAL:
+        scores = scores.masked_fill(torch.ones(T, S, device=q.device).triu(1).bool(), -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """`sdpa` written out: for reading, for checking and for pictures of the weights. Takes T x S of memory."""
+    return attention_weights(q, k, mask) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+# ---------------------------------------------------------------------------- the tower
+
+class PatchEmbed(nn.Module):
+    """A 3-D convolution whose stride equals its kernel is a linear map of the flattened patch: computed as one."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_chans, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.proj.weight.flatten(1))
+
+
+# How attention cuts up one item: its number of frames, and per frame the runs of equal windows as (windows, patches).
+Layout = tuple[int, list[tuple[int, int]]]
+
+
+def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor, list[Layout]]:
+    """The order of merge groups in which every window is contiguous, and the windows of each item in that order.
+
+    A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are smaller,
+    not padded. Inside a frame come first all whole windows, then the right edge, the bottom edge, the corner, so that
+    equal windows are neighbours and share one attention call. Frames and items stay where they were.
+
+    grid_thw: (items, 3), in patches. Returns order (N / merge_size^2,) int64 on the CPU, to index groups with, and a
+    Layout per item. HF: get_vision_window_index (same windows; there in raster order).
+    """
+    order, layouts, first = [], [], 0
+    for t, h, w in grid_thw.tolist():
+        h, w = h // merge_size, w // merge_size
+        groups = torch.arange(first, first + t * h * w).view(t, h, w)
+        first += t * h * w
+        bottom, right = h % window, w % window
+        regions, runs = [], []
+        for rows, wh in ((slice(0, h - bottom), window), (slice(h - bottom, h), bottom)):
+            for columns, ww in ((slice(0, w - right), window), (slice(w - right, w), right)):
+                region = groups[:, rows, columns]
+                if region.numel() > 0:
+                    windows = region.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3)
+                    _, down, across, wh, ww = windows.shape
+                    regions.append(windows.flatten(1))                                  # (t, groups of the region)
+                    runs.append((down * across, wh * ww * merge_size**2))
+        order.append(torch.cat(regions, dim=1).flatten())
+        layouts.append((t, runs))
+    return torch.cat(order), layouts
+
+
+def attend_windows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Attention inside each window of one item, one call per run of equal windows. (N, H, D) -> (N, H * D)."""
+    frames, runs = layout
+    H, D = q.shape[1:]
+    sizes = [windows * patches for windows, patches in runs]
+    parts = zip(runs, *(x.unflatten(0, (frames, -1)).split(sizes, dim=1) for x in (q, k, v)))
+    out = []
+    for (windows, patches), *qkv in parts:
+        q, k, v = (x.reshape(frames * windows, patches, H, D).transpose(1, 2) for x in qkv)     # (B, H, T, D)
+        out.append(attend(q, k, v, None).transpose(1, 2).reshape(frames, windows * patches, H * D))
+    return torch.cat(out, dim=1).flatten(0, 1)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig, attend: Attend):
+        super().__init__()
+        self.num_heads, self.attend = config.num_heads, attend
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layouts: list[Layout]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)                   # (N, H, D) each
+        q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
+        sizes = [frames * sum(windows * patches for windows, patches in runs) for frames, runs in layouts]
+        items = zip(q.split(sizes), k.split(sizes), v.split(sizes), layouts)
+        return self.proj(torch.cat([attend_windows(self.attend, *item) for item in items]))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig, attend: Attend):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, NORM_EPS)
+        self.attn = VisionAttention(config, attend)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layouts: list[Layout]) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, layouts)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """The patches of a merge group, which lie next to each other, become one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        dim = config.hidden_size * config.spatial_merge_size**2
+        self.dim = dim
+        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)      # each patch by itself, before they are joined
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, config.out_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).view(-1, self.dim))
+
+
+class VisionTransformer(nn.Module):
+    """HF: Qwen2_5_VisionTransformerPretrainedModel."""
+
+    def __init__(self, config: VisionConfig, attend: Attend = sdpa):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config, attend) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """pixel_values: (N, 1176), rows in merge-group order; grid_thw: (items, 3) int64, best on the CPU.
+
+        Returns (N / 4, out_hidden_size), the merge groups of each item in reading order: time, row, column.
+        """
+        config, weight = self.config, self.patch_embed.proj.weight
+        merge = config.spatial_merge_size
+        order, windows = window_order(grid_thw, merge, config.window_size // config.patch_size // merge)
+        frames = [(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
+
+        # Into window order once, out of it once: rotary positions travel along, full blocks don't mind.
+        positions = vision_positions(grid_thw, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+        cos, sin = vision_rotary(positions.to(weight.device), config.hidden_size // config.num_heads)
+        cos, sin = cos[:, None], sin[:, None]                                                   # (N, 1, D)
+
+        x = self.patch_embed(pixel_values.to(weight.dtype))                                     # (N, C)
+        x = x.unflatten(0, (-1, merge**2))[order.to(x.device)].flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
+        return self.merger(x)[order.argsort().to(x.device)]
