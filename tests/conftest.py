@@ -55,8 +55,8 @@ def config_dict(**changes):
 def fill(model, generator):
     """Weights that hide nothing."""
     for name, p in model.named_parameters():
-        if p.ndim > 1:      # 4 times Hugging Face's standard deviation at width 256, as much at others
-            p.data.normal_(0, 0.08 * math.sqrt(256 / p[0].numel()), generator=generator)
+        if p.ndim > 1:      # 3.5 times Hugging Face's standard deviation at width 256, as much at others
+            p.data.normal_(0, 0.07 * math.sqrt(256 / p[0].numel()), generator=generator)
         elif name.endswith("bias"):
             p.data.normal_(0, 0.2, generator=generator)
         else:

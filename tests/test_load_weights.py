@@ -1,0 +1,273 @@
+"""Checkpoints: the published family, three dialects of config.json, and files that must not load."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from conftest import make_pair, prompts, published_names
+from load_weights import checkpoint, load_config, load_generation_config, load_model
+from model import Qwen2_5_VL
+
+# Published numbers: hidden, layers, heads, key heads, MLP, vocabulary, tied; vision MLP; bytes in bfloat16, tensors.
+FAMILY = {
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420, 7_509_245_952, 824),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420, 16_584_333_312, 729),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456, 66_905_436_672, None),
+    "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456, 146_821_554_688, 1353),
+}
+COMMON = dict(
+    model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"], hidden_act="silu", rms_norm_eps=1e-6,
+    rope_theta=1000000.0, max_position_embeddings=128000, use_sliding_window=False, sliding_window=32768,
+    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+    torch_dtype="bfloat16",
+)
+VISION = dict(
+    depth=32, hidden_act="silu", hidden_size=1280, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
+    spatial_patch_size=14, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2, in_chans=3,
+)
+
+
+def flat(size):
+    """config.json as it was published; the 32B's leaves out most of the vision config."""
+    hidden, layers, heads, kv, mlp, vocabulary, tied, vision_mlp, *_ = FAMILY[size]
+    vision = VISION | dict(intermediate_size=vision_mlp, out_hidden_size=hidden)
+    rope = dict(type="mrope", mrope_section=[16, 24, 24])
+    if size == "32B":
+        kept = ("hidden_size", "in_chans", "intermediate_size", "out_hidden_size", "spatial_patch_size",
+                "tokens_per_second")
+        vision = {key: vision[key] for key in kept} | dict(model_type="qwen2_5_vl")
+        rope = dict(rope_type="default", type="default", mrope_section=[16, 24, 24])
+    return COMMON | dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied, vision_config=vision, rope_scaling=rope)
+
+
+def write(directory, config, name="config.json"):
+    (directory / name).write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_published_names_shapes_and_bytes(size, tmp_path):
+    config = load_config(write(tmp_path, flat(size)))
+    with torch.device("meta"):
+        ours = Qwen2_5_VL(config).state_dict()
+        theirs = published_names(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat(size))).state_dict())
+    if config.tie_word_embeddings:
+        theirs.pop("lm_head.weight")
+    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
+    *_, size_in_bytes, tensors = FAMILY[size]
+    assert sum(2 * p.numel() for p in ours.values()) == size_in_bytes
+    assert tensors in (None, len(ours))
+
+
+def test_sparse_config_read_as_having_no_windows(tmp_path):
+    """The published 32B names neither its windows nor its full blocks: they are as in all others."""
+    config = load_config(write(tmp_path, flat("32B")))
+    full = load_config(write(tmp_path, flat("32B") | dict(vision_config=VISION | dict(
+        intermediate_size=3456, out_hidden_size=5120))))
+    assert config == full
+    assert config.vision.window_size == 112 and config.vision.fullatt_block_indexes == (7, 15, 23, 31)
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_three_dialects_of_one_config(size, tmp_path):
+    """Flat as published, and nested as transformers 5 saves it, where rope_theta and the tie have moved."""
+    ours = load_config(write(tmp_path, flat(size)))
+    Qwen2_5_VLConfig(**flat(size)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in saved["text_config"] and "rope_theta" not in saved["text_config"]
+    assert load_config(tmp_path) == ours
+    saved["text_config"]["tie_word_embeddings"] = saved.pop("tie_word_embeddings")
+    assert load_config(write(tmp_path, saved)) == ours
+
+
+def test_class_defaults_as_fall_backs(tmp_path):
+    """What a flat config leaves out is as published, not as in Hugging Face's classes (eps 1e-5, 4 per second)."""
+    sparse = flat("7B")
+    for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id"):
+        del sparse[key]
+    del sparse["vision_config"]["tokens_per_second"]
+    assert load_config(write(tmp_path, sparse)) == load_config(write(tmp_path, flat("7B")))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="qwen3_vl"), "model_type 'qwen3_vl' is not supported"),
+    (dict(quantization_config=dict(quant_method="awq")), r"quantisation \(awq\)"),
+    (dict(use_sliding_window=True), "use_sliding_window"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])), "rope scaling of type 'yarn'"),
+    (dict(hidden_act="gelu"), "activation 'gelu'"),
+    (dict(hidden_size=None), "no hidden_size for Config"),
+    (dict(num_attention_heads=27), "hidden_size by num_attention_heads must divide evenly, got 3584 / 27"),
+    (dict(num_key_value_heads=3), "num_attention_heads by num_key_value_heads must divide"),
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])), "mrope_section"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)), "out_hidden_size 2048 must equal"),
+    (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for VisionConfig"),
+])
+def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, flat("7B") | change))
+
+
+# ---------------------------------------------------------------------------- weights
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with the seeded model, written by Hugging Face in two or more shards; and that model."""
+    pair = make_pair(tmp_path)
+    pair.hf.save_pretrained(tmp_path, max_shard_size="6MB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    return tmp_path, pair
+
+
+def merge(directory):
+    """The shards as one file."""
+    weights = {}
+    for file in directory.glob("*.safetensors"):
+        weights |= load_file(file)
+        file.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def same(a, b):
+    inputs = prompts([[4, (8, 12), 3]])
+    return torch.equal(a(**inputs), b(**inputs))
+
+
+def test_shards_and_names(saved):
+    """Shards, one file, and the names inside Hugging Face's live module, all give the same model."""
+    directory, pair = saved
+    assert same(load_model(directory), pair.ours)
+    merge(directory)
+    assert same(load_model(directory), pair.ours)
+    save_file(pair.hf.state_dict(), directory / "model.safetensors")
+    assert same(load_model(directory), pair.ours)
+
+
+def test_ready_to_answer(saved):
+    model = load_model(saved[0], device="cpu", dtype=torch.bfloat16, attention="eager")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "1 tensors are missing: visual.blocks.2.attn.qkv.bias"),
+    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
+    (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"another shape .*model.norm.weight \(3,\) \(not \(256,\)"),
+])
+def test_tensor_never_loaded(saved, change, message):
+    directory, _ = saved
+    weights = merge(directory)
+    change(weights)
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+def test_tied_head_silently_untied(saved):
+    directory, pair = saved
+    config = json.loads((directory / "config.json").read_text())
+    write(directory, config | dict(tie_word_embeddings=True))
+    weights = merge(directory)
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        load_model(directory)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, directory / "model.safetensors")
+    tied = load_model(directory)
+    del weights["lm_head.weight"]
+    save_file(weights, directory / "model.safetensors")
+    assert same(tied, load_model(directory))
+    untied = Qwen2_5_VL(replace(tied.config, tie_word_embeddings=False)).requires_grad_(False)
+    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    assert same(tied, untied)
+
+
+def break_file(directory):
+    file = next(directory.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def leave_pickles(directory):
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    (directory / "pytorch_model.bin").touch()
+
+
+def leave_adapter(directory):
+    leave_pickles(directory)
+    (directory / "adapter_config.json").touch()
+
+
+def point_outside(directory):
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-00001', '"../model-00001'))
+
+
+@pytest.mark.parametrize("damage, error, message", [
+    (break_file, ValueError, "not a whole safetensors file"),
+    (leave_pickles, ValueError, r"only pickled weights \(pytorch_model.bin\)"),
+    (leave_adapter, ValueError, "LoRA adapter"),
+    (point_outside, ValueError, "not a file beside it"),
+    (lambda d: next(d.glob("*-00002-*")).unlink(), OSError, "model-00002-of-.*safetensors are missing"),
+    (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError, "no model.safetensors"),
+    (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
+    (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
+])
+def test_damaged_checkpoint(saved, damage, error, message):
+    damage(saved[0])
+    with pytest.raises(error, match=message):
+        load_model(saved[0])
+
+
+def test_float16_overflows(saved):
+    with pytest.raises(ValueError, match="float16 overflows"):
+        load_model(saved[0], dtype=torch.float16)
+
+
+def test_weights_copied_into_memory(tmp_path):
+    """Loading maps the file: less than a tenth of its size becomes memory of the process's own."""
+    pair = make_pair(tmp_path, vocab_size=80_000)
+    pair.hf.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    before = anonymous_bytes()
+    model = load_model(tmp_path, device="cpu")
+    assert size > 150e6 and anonymous_bytes() - before < 0.1 * size
+    assert same(model, pair.ours)
+
+
+def anonymous_bytes():
+    with open(f"/proc/{os.getpid()}/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+# ---------------------------------------------------------------------------- names and settings
+
+def test_no_such_directory():
+    for name in ("no/such/dir", "./nowhere", "nothing"):
+        with pytest.raises(OSError, match=f"{name}: no such directory; give a checkpoint's directory or a hub id"):
+            checkpoint(name)
+
+
+def test_hub_id_without_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="Qwen/Nowhere: neither a directory here nor to be had from the hub"):
+        checkpoint("Qwen/Nowhere")
+
+
+@pytest.mark.parametrize("saved, expected", [
+    (dict(do_sample=True, temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6),
+     dict(temperature=0.0, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6)),
+    (dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6),
+     dict(temperature=0.7, repetition_penalty=1.0, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6)),
+    (dict(eos_token_id=5, temperature=0.7), dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),
+])
+def test_generation_defaults(saved, expected, tmp_path):
+    write(tmp_path, saved, "generation_config.json")
+    assert load_generation_config(tmp_path) == expected

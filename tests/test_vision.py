@@ -1,0 +1,131 @@
+"""The vision tower: windows, frames, items, and that it never waits for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
+from transformers.vision_utils import get_vision_window_index
+
+import vision
+from conftest import TOLERANCE, distance, media
+from vision import RMSNorm, VisionTransformer, window_order
+
+GRIDS = {
+    "one window": [(1, 6, 4)],
+    "ragged": [(1, 20, 26)],
+    "exact": [(1, 16, 24)],
+    "edge only": [(1, 4, 40)],
+    "video": [(3, 10, 18)],
+    "mixed": [(1, 20, 26), (2, 18, 6), (1, 8, 8), (1, 4, 30)],
+}
+
+
+def seeded(grids):
+    return media(grids, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
+def test_windows_left_out_or_not_put_back(pair, grids):
+    pixels, grid_thw = seeded(grids)
+    theirs = pair.hf.model.visual(pixels, grid_thw=grid_thw).pooler_output
+    assert distance(pair.ours.visual(pixels, grid_thw), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
+def test_window_membership(grids):
+    """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they were."""
+    order, layouts = window_order(torch.tensor(grids), merge_size=2, window=4)
+    sizes = [patches // 4 for frames, runs in layouts for _ in range(frames) for n, patches in runs for _ in range(n)]
+    theirs, ends = get_vision_window_index(torch.tensor(grids), spatial_merge_size=2, window_size=112, patch_size=14)
+    their_sizes = (ends.diff() // 4).tolist()
+    assert {frozenset(w.tolist()) for w in order.split(sizes)} == {frozenset(w.tolist()) for w in theirs.split(their_sizes)}
+    assert all(len(runs) <= 4 for _, runs in layouts)
+    frames = [h * w // 4 for t, h, w in grids for _ in range(t)]
+    for frame, start in zip(order.split(frames), torch.tensor([0, *frames]).cumsum(0)):
+        assert torch.equal(frame.sort().values, start + torch.arange(len(frame)))
+
+
+def test_items_see_each_other(pair):
+    pixels, grid_thw = seeded([(1, 20, 26), (2, 18, 6)])
+    both, n = pair.ours.visual(pixels, grid_thw), 20 * 26
+    assert distance(both[:n // 4], pair.ours.visual(pixels[:n], grid_thw[:1])) <= TOLERANCE
+    assert distance(both[n // 4:], pair.ours.visual(pixels[n:], grid_thw[1:])) <= TOLERANCE
+
+
+def test_frames_see_each_other(pair):
+    pixels, grid_thw = seeded([(3, 10, 18)])
+    alone = [pair.ours.visual(frame, torch.tensor([[1, 10, 18]])) for frame in pixels.split(180)]
+    assert distance(pair.ours.visual(pixels, grid_thw), torch.cat(alone)) <= TOLERANCE
+
+
+def test_windows_one_call_each(pairs, monkeypatch):
+    """A windowed block makes at most four attention calls per item, whatever its size, a full one makes one."""
+    tower, calls = pairs("sdpa").ours.visual, []
+    for block in tower.blocks:
+        def counted(*args, number=len(calls)):
+            calls[number] += 1
+            return vision.sdpa(*args)
+        monkeypatch.setattr(block.attn, "attend", counted)
+        calls.append(0)
+    tower(*seeded([(5, 20, 26), (1, 50, 36)]))
+    assert calls == [8, 2, 8, 2]
+
+
+def test_norm_multiplies_by_the_weight_before_casting_back():
+    """In float32 the order does not show; in bfloat16 it does."""
+    x = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.rand(160, generator=torch.Generator().manual_seed(1)).bfloat16() + 0.5
+    for eps in (1e-6, 1e-2):
+        ours, theirs = RMSNorm(160, eps).bfloat16(), hf.Qwen2_5_VLRMSNorm(160, eps).bfloat16()
+        ours.weight.data = theirs.weight.data = weight
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_tower_in_bfloat16_rotates_in_float32(pairs):
+    """Against the float32 tower, ours in bfloat16 is as near as Hugging Face's: angles in bfloat16 would be far off."""
+    pixels, grid_thw = seeded([(1, 60, 62)])
+    exact = pairs("sdpa").ours.visual(pixels, grid_thw)
+    ours, theirs = VisionTransformer(pairs("sdpa").ours.visual.config), pairs("sdpa").hf.model.visual
+    ours.load_state_dict(pairs("sdpa").ours.visual.state_dict())
+    error = (ours.bfloat16()(pixels, grid_thw).float() - exact).pow(2).mean()
+    try:
+        their_error = (theirs.bfloat16()(pixels.bfloat16(), grid_thw=grid_thw).pooler_output.float() - exact).pow(2).mean()
+    finally:
+        theirs.float()
+        theirs.load_state_dict(pairs("sdpa").ours.visual.state_dict())
+    assert error <= 1.1 * their_error
+
+
+def test_tower_waits_for_the_device(pairs):
+    """On the meta device every .item(), .tolist(), boolean index and `if tensor` raises."""
+    with torch.device("meta"):
+        tower = VisionTransformer(pairs("sdpa").ours.config.vision)
+    pixels, grid_thw = seeded(GRIDS["mixed"])
+    assert tower(pixels.to("meta"), grid_thw).shape == (int(grid_thw.prod(1).sum()) // 4, 256)
+
+
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation makes, views of parameters aside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.elements, self.parameters = 0, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_quadratic_in_patches(pairs):
+    ratios = {}
+    for attend in (vision.sdpa, vision.eager):
+        tower = VisionTransformer(pairs("sdpa").ours.config.vision, attend)
+        for side in (16, 32, 64):       # 256, 1,024 and 4,096 patches
+            with torch.no_grad(), Largest(tower) as largest:
+                tower(*media([(1, side, side)], torch.Generator()))
+            ratios[attend.__name__, side] = largest.elements / side**2
+    assert ratios["sdpa", 16] == ratios["sdpa", 32] == ratios["sdpa", 64]
+    assert ratios["eager", 64] > 3 * ratios["eager", 32]        # the measure does see what is quadratic
