@@ -189,9 +189,15 @@ def load_model(
     config = load_config(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device}: torch knows none of this name; use cuda or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this torch finds no CUDA here; use cpu")
     with torch.device("meta"):
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
-    weights = read_weights(path, torch.device(device))
+    weights = read_weights(path, device)
 
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):

@@ -65,6 +65,10 @@ class KVCache:
         self.length = 0                                                     # tokens stored, for the host
         self.end = torch.zeros(1, device=device, dtype=torch.int64)         # the same for the device (CUDA graphs)
 
+    def clear(self) -> None:
+        self.length = 0
+        self.end.zero_()
+
     def reserve(self, T: int) -> Tensor:
         """The next T slots, (T,). Raises ValueError where there are not so many."""
         if self.length + T > self.max_tokens:

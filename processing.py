@@ -249,7 +249,9 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
         except ValueError as error:
             raise ValueError(f"{path / name}: not valid JSON ({error}); download it again") from None
 
-    picture = read("preprocessor_config.json") or (read("processor_config.json") or {}).get("image_processor")
+    picture = read("preprocessor_config.json")
+    if picture is None:
+        picture = (read("processor_config.json") or {}).get("image_processor")
     if picture is None or not (path / "tokenizer.json").exists():
         missing = "preprocessor_config.json" if picture is None else "tokenizer.json"
         raise OSError(f"{path / missing}: no such file; is {path} a complete checkpoint?")
@@ -260,13 +262,15 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
     tokenizer.encode_special_tokens = True      # "<|im_end|>" in a text run is ten characters, not a control token
 
     size = picture.get("size") or {}
-    limits = [min_pixels or picture.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS,
-              max_pixels or picture.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS]
-    if not 0 < limits[0] <= limits[1]:
-        raise ValueError(f"min_pixels {limits[0]} and max_pixels {limits[1]}: need 0 < min_pixels <= max_pixels")
+    if min_pixels is None:
+        min_pixels = picture.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
+    if max_pixels is None:
+        max_pixels = picture.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
+    if not 0 < min_pixels <= max_pixels:
+        raise ValueError(f"max_pixels {max_pixels} must be at least min_pixels, {min_pixels}, and that above 0")
     frame = (read("video_preprocessor_config.json") or {}).get("size") or {}
     return Processor(
-        tokenizer, tokenizer.token_to_id("<|endoftext|>"), *limits,
+        tokenizer, tokenizer.token_to_id("<|endoftext|>"), min_pixels, max_pixels,
         video_pixels=(frame["shortest_edge"], frame["longest_edge"]) if frame else None,
         patch_size=picture.get("patch_size", 14), temporal_patch_size=picture.get("temporal_patch_size", 2),
         merge_size=picture.get("merge_size", 2),

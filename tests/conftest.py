@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from load_weights import LIVE_PREFIXES, load_config
 from model import Qwen2_5_VL
+from published import write_processor
 from vision import eager, sdpa
 
 logging.set_verbosity_error()
@@ -61,6 +62,8 @@ def fill(model, generator):
             p.data.normal_(0, 0.2, generator=generator)
         else:
             p.data.uniform_(0.5, 1.5, generator=generator)
+    model.model.language_model.embed_tokens.weight.data *= 14       # as large as the vision tokens next to them
+    model.lm_head.weight.data[[IMAGE, VIDEO, START, END]] = 0       # an answer has no pictures
 
 
 def published_names(state):
@@ -76,7 +79,7 @@ class Pair:
     ours: Qwen2_5_VL
 
 
-def make_pair(directory, attention="sdpa", seed=0, **changes):
+def make_pair(directory, attention="sdpa", seed=14, **changes):
     saved = config_dict(**changes)
     (directory / "config.json").write_text(json.dumps(saved))
     hf = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**saved), attn_implementation=attention)
@@ -95,6 +98,13 @@ def pairs(tmp_path_factory):
 @pytest.fixture(params=["sdpa", "eager"])
 def pair(request, pairs):
     return pairs(request.param)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """The directory of a checkpoint's processor files with the real vocabulary, and Hugging Face's tokenizer."""
+    directory = tmp_path_factory.mktemp("published")
+    return directory, write_processor(directory)
 
 
 # ---------------------------------------------------------------------------- inputs

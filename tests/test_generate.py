@@ -1,0 +1,242 @@
+"""Generation against Hugging Face's, token by token, and the command line as a user meets it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import generate as module
+from conftest import TOLERANCE, distance, prompts
+from generate import choose, generate, main, text_of
+from test_model import MIXED_ROWS, ROWS, VIDEO_ROWS
+
+ROOT = Path(__file__).parent.parent
+
+
+def ours(model, inputs, monkeypatch=None, **settings):
+    """Tokens (B, n) and the logits they were chosen from."""
+    logits, original = [], module.choose
+    if monkeypatch:
+        monkeypatch.setattr(module, "choose", lambda x, *args: logits.append(x.clone()) or original(x, *args))
+    return torch.stack(list(generate(model, inputs, **settings)), dim=1), logits
+
+
+def theirs(hf, inputs, n=32, seed=None, **settings):
+    hf.model.rope_deltas = None
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = hf.generate(**inputs, max_new_tokens=n, do_sample=seed is not None, pad_token_id=0, return_dict_in_generate=True,
+                      output_logits=True, **settings)
+    return out.sequences[:, inputs["input_ids"].shape[1]:], out.logits
+
+
+# ---------------------------------------------------------------------------- against Hugging Face
+
+@pytest.mark.parametrize("penalty", [1.0, 1.05])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_greedy(pair, rows, penalty, monkeypatch):
+    """A decode at the cache's length, one position too far, or with another row's positions: all show here."""
+    inputs = prompts(rows)
+    expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
+    tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=32, repetition_penalty=penalty)
+    for step, (a, b) in enumerate(zip(logits, their_logits)):
+        assert distance(a, b) <= TOLERANCE, step
+        first, second = b.topk(2).values.T
+        assert penalty > 1 or ((first - second) / b.abs().max()).min() > 100 * TOLERANCE     # no ties that hide or fake
+    assert len(logits) == 32 and all(len(row.unique()) >= 12 for row in expected)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0.9), dict(temperature=0.7, top_k=5), dict(temperature=1.0, top_p=0.6),
+    dict(temperature=1.3, top_k=40, top_p=0.8, repetition_penalty=1.1),
+], ids=str)
+@pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"]], ids=["one", "padded"])
+def test_sampling(pairs, rows, settings):
+    pair, inputs = pairs("sdpa"), prompts(rows)
+    if "repetition_penalty" in settings:    # Hugging Face penalises pads too: let pad be a token the prompt has anyway
+        inputs["input_ids"][inputs["attention_mask"] == 0] = 509
+    expected, _ = theirs(pair.hf, inputs, seed=7, **dict(top_k=0, top_p=1.0) | settings)
+    tokens, _ = ours(pair.ours, inputs, max_new_tokens=32, seed=7, **settings)
+    assert torch.equal(tokens, expected)
+    assert not torch.equal(tokens, ours(pair.ours, inputs, max_new_tokens=32, seed=8, **settings)[0])
+
+
+@pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, ROWS["padded batch"]], ids=["video", "mixed", "padded"])
+def test_cached_decode_equals_full_forward(pair, rows, monkeypatch):
+    """The logits of every step are those of one pass over prompt and answer; transformers 5.23.0 fails after a video."""
+    inputs = prompts(rows)
+    tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=8)
+    ones = torch.ones_like(tokens)
+    whole = pair.ours(**inputs | dict(
+        input_ids=torch.cat((inputs["input_ids"], tokens), 1),
+        attention_mask=torch.cat((inputs["attention_mask"], ones), 1),
+        mm_token_type_ids=torch.cat((inputs["mm_token_type_ids"], ones.int() * 0), 1)))
+    assert distance(torch.stack(logits, 1), whole[:, -9:-1]) <= TOLERANCE
+
+
+# ---------------------------------------------------------------------------- the loop
+
+def test_penalty_for_pads_or_answer_only(pairs):
+    """It counts prompt and answer, and not what fills a row up: a padded row answers as it does alone."""
+    model, settings = pairs("sdpa").ours, dict(max_new_tokens=24, repetition_penalty=1.3)
+    inputs = prompts([[30], [9]])
+    alone = dict(input_ids=inputs["input_ids"][1:, 21:])
+    for pad in range(0, 500, 50):
+        inputs["input_ids"][1, :21] = pad
+        assert torch.equal(ours(model, inputs, **settings)[0][1], ours(model, alone, **settings)[0][0])
+    logits, seen = torch.tensor([[2.0, 1.9, -0.1]]), torch.tensor([[True, False, True]])
+    assert choose(logits, seen, 0.0, 0, 1.0, 1.1, None).tolist() == [1]
+    assert choose(-logits, ~seen, 0.0, 0, 1.0, 30.0, None).tolist() == [2]      # a negative one moves down, too
+
+
+def test_end_tokens_cut_to_one(pairs):
+    model, inputs = pairs("sdpa").ours, prompts([[20], [30]])
+    tokens, _ = ours(model, inputs, max_new_tokens=20)
+    a, b = tokens[0, 4].item(), tokens[1, 9].item()
+    stops = [next(i for i, t in enumerate(row) if t in (a, b)) for row in tokens.tolist()]
+    stopped, _ = ours(model, inputs, max_new_tokens=20, eos_token_id=[a, b], pad_token_id=3)
+    assert stopped.shape[1] == max(stops) + 1 < 20
+    for row, full, stop in zip(stopped.tolist(), tokens.tolist(), stops):
+        assert row[:stop + 1] == full[:stop + 1] and set(row[stop + 1:]) <= {3}
+    assert ours(model, prompts([[20]]), max_new_tokens=20, eos_token_id=a)[0].shape[1] <= 5
+
+
+def test_tower_or_prompt_run_again(pairs, monkeypatch):
+    """The tower once, the prompt once with logits of its last token, then one token a step."""
+    model, shapes, towers = pairs("sdpa").ours, [], []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda x, *args, **kwargs: shapes.append(x.shape[1]) or decode(x, *args, **kwargs))
+    handle = model.visual.register_forward_hook(lambda *args: towers.append(1))
+    inputs = prompts(ROWS["three pictures"])
+    ours(model, inputs, max_new_tokens=6)
+    handle.remove()
+    assert shapes == [inputs["input_ids"].shape[1]] + [1] * 5 and len(towers) == 1
+
+
+def test_captured_step_differs_from_the_plain_loop(pairs, monkeypatch):
+    """The function that CUDA captures, run as it is: static buffers, the whole mask, the device's own counters."""
+    def not_captured(step, cache):
+        for _ in range(3):
+            cache.clear()
+            step()
+        cache.clear()
+        return step
+    monkeypatch.setattr(module, "capture", not_captured)
+    model = pairs("sdpa").ours
+    for rows in (ROWS["one picture"], ROWS["padded batch"], VIDEO_ROWS):
+        plain, captured = (ours(model, prompts(rows), max_new_tokens=20, graph=graph)[0] for graph in (False, True))
+        assert torch.equal(plain, captured)
+
+
+def test_context_exceeded(pairs):
+    with pytest.raises(ValueError, match="20 tokens and 4090 new ones exceed the context of 4096"):
+        next(generate(pairs("sdpa").ours, prompts([[20]]), max_new_tokens=4090))
+
+
+def test_half_a_character_is_shown(published):
+    from processing import load_processor
+    processor = load_processor(published[0])
+    words = "né 漢字 👩‍👩‍👧 \N{REPLACEMENT CHARACTER} 🇩🇪!"
+    pieces = list(text_of(processor.tokenizer.encode(words).ids, processor))
+    assert "".join(pieces) == words and len(pieces) > 8
+    assert sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1
+    assert "".join(text_of(processor.tokenizer.encode("𓀀").ids[:-1], processor)).endswith("\N{REPLACEMENT CHARACTER}")
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def test_first_command(capsys):
+    """`python generate.py`: the answer on stdout and nothing else, the rest on stderr."""
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert "a " in out and out.endswith(".\n") and out.count("\n") == 1
+    named, before, after = err.splitlines()
+    assert named == "tiny is asked about assets/demo.png: Describe the image."
+    assert before.startswith("resized to ") and " tokens; weights 0.006 GB, cache 0." in before
+    assert after.startswith("first token after ") and " a second; peak memory " in after
+
+
+def test_flags(capsys, tmp_path):
+    picture = ROOT / "assets" / "demo.png"
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for i in range(4):
+        Image.new("RGB", (112, 112), (255, 250 - i, 250)).save(frames / f"{i}.png")
+    two = ["--image", str(picture), "--image", str(picture), "--video", str(frames), "--fps", "2"]
+    assert main([*two, "--prompt", "Describe the image.", "--system", "Be brief.", "--max-new-tokens", "5",
+                 "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-pixels", "20000", "--device", "cpu",
+                 "--dtype", "float32", "--attention", "eager", "--no-graph"]) == 0
+    out, err = capsys.readouterr()
+    assert "4 frames" in err and "torch.float32 on cpu" in err and ", 5 tokens, then" in err
+
+
+def test_sampling_flag_overrides_the_checkpoint(capsys):
+    answers = set()
+    for seed in range(4):
+        assert main(["--temperature", "3", "--seed", str(seed), "--max-new-tokens", "8"]) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--model", "no/such/checkpoint", "--prompt", "Hi"], "no/such/checkpoint: no such directory; give a checkpoint's directory or a hub id"),
+    (["--model", "tests", "--prompt", "Hi"], "tests/preprocessor_config.json: no such file; is tests a complete checkpoint?"),
+    (["--model", "tiny"], "nothing to answer; give --prompt, --image or --video"),
+    (["--image", "nowhere.png"], "nowhere.png: no such file; check the path"),
+    (["--image", "https://example.org/a.png"], "https://example.org/a.png: URLs are not fetched; download it first"),
+    (["--image", "README.md"], "README.md: not a picture that Pillow can read; convert it to PNG or JPEG"),
+    (["--video", "tests"], "frames need the rate at which they were taken: give fps"),
+    (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
+    (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
+    (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'; see"),
+    (["--max-new-tokens", "99999"], "exceed the context of 32768; use fewer new tokens"),
+    (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
+    (["--top-p", "0"], "top_p 0.0: must be above 0 and at most 1"),
+    (["--max-pixels", "-5"], "max_pixels -5 must be at least min_pixels"),
+    (["--dtype", "float16"], "torch.float16 is not supported: float16 overflows in the vision tower; use bfloat16"),
+    (["--device", "cuda"], "device cuda: this torch finds no CUDA here; use cpu"),
+    (["--device", "toaster"], "device toaster: "),
+])
+def test_mistake_answered_with_a_traceback(argv, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if argv == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
+
+
+def start(*arguments, **options):
+    return subprocess.Popen([sys.executable, ROOT / "generate.py", *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_prompt_from_stdin_and_the_same_answer_from_anywhere(tmp_path):
+    process = start("--prompt", "-", cwd=tmp_path, stdin=subprocess.PIPE)
+    out, err = process.communicate("Describe the image.", timeout=60)
+    assert process.returncode == 0, err
+    again = start(cwd=ROOT)
+    assert again.communicate(timeout=60)[0] == out
+
+
+def test_closed_pipe_makes_a_noise():
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.Popen([sys.executable, ROOT / "generate.py"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 0
+
+
+def test_interruption_leaves_a_traceback():
+    process = start("--max-new-tokens", "20000", "--temperature", "100", "--seed", "1")
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err

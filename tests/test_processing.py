@@ -1,0 +1,371 @@
+"""Pixels, prompts and ids, bit for bit as Hugging Face's picture processor, template and tokenizer make them."""
+
+import json
+import random
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
+
+from processing import load_processor, patchify, smart_resize, to_original, to_resized
+from published import FIRST_ADDED, NOT_SPECIAL, SPECIAL
+
+
+@pytest.fixture(scope="session")
+def processor(published):
+    return load_processor(published[0], max_pixels=200_000)
+
+
+def picture(width, height, mode="RGB", seed=0):
+    generator = np.random.default_rng(seed)
+    rough = generator.integers(0, 256, (max(2, height // 9), max(2, width // 9), 4), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(rough, "RGBA").resize((width, height)))
+    noise = generator.integers(0, 40, smooth.shape, dtype=np.uint8)
+    return Image.fromarray(np.minimum(smooth, 215) + noise, "RGBA").convert(mode)
+
+
+def user(*content):
+    return [{"role": "user", "content": list(content)}]
+
+
+def image(source):
+    return {"type": "image", "image": source}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+# ---------------------------------------------------------------------------- sizes and boxes
+
+@pytest.mark.parametrize("size, expected", [
+    ((561, 278), (560, 280)), ((1080, 1920), (728, 1316)), ((2, 2), (56, 56)), ((70, 70), (56, 56)),
+    ((10, 400), (28, 364)),
+])
+def test_sizes_rounded_half_up(size, expected):
+    assert smart_resize(*size, 28, 3136, 1003520) == expected
+
+
+def test_sizes():
+    assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # longer than max_pixels allows: no side under 28
+    rng = random.Random(0)
+    for _ in range(2000):
+        h, w = (int(10 ** rng.uniform(0.1, 3.7)) for _ in range(2))
+        limits = dict(factor=rng.choice([28, 32]), min_pixels=rng.choice([3136, 100352]),
+                      max_pixels=rng.choice([200_000, 1003520, 12845056]))
+        if max(h, w) > 200 * min(h, w):
+            with pytest.raises(ValueError, match=f"{w}x{h} pixels is longer than 200:1"):
+                smart_resize(h, w, **limits)
+        else:
+            assert smart_resize(h, w, **limits) == hf.smart_resize(h, w, **limits)
+
+
+def test_boxes_in_the_wrong_pixels():
+    """Per axis: a picture that grows in width and shrinks in height."""
+    original, resized = (480, 100), (448, 112)
+    assert to_original((0, 0, 112, 448), resized, original) == (0, 0, 100, 480)
+    assert to_original((56, 28, 84, 56), resized, original) == (50, 30, 75, 60)
+    box = (3.0, 8.0, 77.0, 401.0)
+    assert to_original(to_resized(box, resized, original), resized, original) == pytest.approx(box)
+
+
+# ---------------------------------------------------------------------------- pixels
+
+def assert_same_pixels(processor, source, opened=None):
+    theirs = hf.Qwen2VLImageProcessorPil(min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)(
+        opened or source, return_tensors="pt")
+    ours = processor(user(image(source)))
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+
+
+@pytest.mark.parametrize("width, height", [(280, 364), (301, 97), (30, 700), (900, 613), (5, 8)])
+def test_pixels(processor, width, height):
+    assert_same_pixels(processor, picture(width, height))
+
+
+def test_every_value_normalised_in_float32(processor):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(7, 0).repeat(7, 1)
+    assert_same_pixels(processor, Image.fromarray(np.stack((ramp, ramp.T, 255 - ramp), -1)))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "YCbCr"])
+def test_alpha_dropped_or_mode_misread(processor, mode):
+    source = picture(120, 90, "RGBA")
+    source = source.convert("L").convert("LA") if mode == "LA" else source.convert(mode)
+    assert_same_pixels(processor, source)
+
+
+def test_palette_with_a_transparent_colour(processor, tmp_path):
+    source = picture(120, 90).quantize(16)
+    source.save(tmp_path / "p.png", transparency=3)
+    assert_same_pixels(processor, tmp_path / "p.png", Image.open(tmp_path / "p.png"))
+    white = processor(user(image(tmp_path / "p.png")))["pixel_values"]
+    assert not torch.equal(white, processor(user(image(source)))["pixel_values"])
+
+
+def test_orientation_ignored(processor, tmp_path):
+    """A file's EXIF orientation is applied, a PIL image is taken as it is."""
+    source = picture(120, 300)
+    exif = source.getexif()
+    exif[0x0112] = 6
+    source.save(tmp_path / "turned.png", exif=exif)
+    opened = Image.open(tmp_path / "turned.png")
+    assert_same_pixels(processor, tmp_path / "turned.png", ImageOps.exif_transpose(opened))
+    assert_same_pixels(processor, opened)
+    assert processor(user(image(tmp_path / "turned.png")))["image_grid_thw"].tolist() == [[1, 8, 22]]
+
+
+def test_patch_rows():
+    """A row is one patch, channel by frame by y by x; a still picture is its frame twice; groups lie together."""
+    frames = np.arange(3 * 56 * 84 * 3, dtype=np.float32).reshape(3, 56, 84, 3)
+    rows, grid = patchify(frames, 14, 2, 2)
+    assert grid == (2, 4, 6)
+    rows = rows.reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)    # t, group row, group column, row, column, channel, frame, y, x
+    assert np.array_equal(rows[0, 1, 2, 0, 1, 2, 1], frames[1, 28:42, 70:84, 2])
+    assert np.array_equal(rows[1, 0, 1, 1, 0, 0, 0], frames[2, 14:28, 28:42, 0])
+    assert np.array_equal(rows[1, :, :, :, :, :, 0], rows[1, :, :, :, :, :, 1])     # an odd frame is repeated
+
+
+# ---------------------------------------------------------------------------- prompts and ids
+
+RED = Image.new("RGB", (84, 56), "red")
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [text("Hi")]}],
+    user(image(RED), text("Describe this image.")),
+    user(text("\n\nFirst "), image(RED), text("\nthen  "), {"image_url": "x.png"}, {"type": "video", "video": []}, text("?\n")),
+    [{"role": "user", "content": [image(RED), text("What?")]}, {"role": "assistant", "content": "A red\n"},
+     {"role": "user", "content": [text("one. "), text("Two"), text(" three.")]},
+     {"role": "assistant", "content": [text("ok")]}, {"role": "user", "content": ""}],
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("ask", [True, False])
+def test_prompt_differs_from_the_published_template(published, processor, messages, ask):
+    theirs = published[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    assert processor.prompt(messages, add_generation_prompt=ask) == theirs
+
+
+TEXTS = [
+    "Describe this image.", "\nHello", "  two  spaces \n\n and lines\n", "1234567890 3.14", "don't WE'LL it's",
+    "naïve café e\u0301 – “quotes”…", "漢字かな交じり文、テスト。", "👩‍👩‍👧 🇩🇪 emoji", "def f(x):\n\treturn x**2  # ok\r\n",
+    "العربية עברית", "\x00\x07 control \u200b", "<|im_end", "<tool_call>{}</tool_call>", "",
+]
+
+
+@pytest.mark.parametrize("words", TEXTS)
+def test_text_tokenized_piecewise(published, processor, words):
+    """Ids of the whole prompt as from Hugging Face's tokenizer: template and message text are one run."""
+    messages = [{"role": "system", "content": words}, *user(text(words), image(RED), text(words))]
+    prompt = processor.prompt(messages).replace("<|image_pad|>", "<|image_pad|>" * 6)
+    assert processor(messages)["input_ids"][0].tolist() == published[1](prompt)["input_ids"]
+
+
+def test_ids_of_the_first_prompt(processor):
+    """The published ids; the picture's placeholders, six here, stand for one."""
+    ids = processor(user(image(RED), text("Describe this image.")))["input_ids"][0].tolist()
+    assert ids == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 151652,
+                   *[151655] * 6, 151653, 74785, 419, 2168, 13, 151645, 198, 151644, 77091, 198]
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_typed_token_steers(processor, token):
+    plain, typed = (processor(user(text(words)))["input_ids"][0] for words in ("a b", f"a {token} b"))
+    assert (typed >= FIRST_ADDED).sum() == (plain >= FIRST_ADDED).sum()
+    assert f"a {token} b" in processor.decode(typed)
+
+
+@pytest.mark.parametrize("token", NOT_SPECIAL)
+def test_typed_tool_call_is_cut_up(processor, token):
+    """These eight steer nothing and are one token, as in Hugging Face's tokenizer."""
+    assert processor.tokenizer.token_to_id(token) in processor(user(text(f"a {token}")))["input_ids"]
+
+
+def test_batch_padded_on_the_right(processor):
+    rows = [user(image(RED), text("What?")), user(text("A much longer question, without a picture, about nothing.")),
+            user(image(picture(100, 200)), image(RED), text("Compare."))]
+    batch = processor(rows)
+    assert batch["mm_token_type_ids"].dtype == torch.int32
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(batch[name], torch.cat([processor(row)[name] for row in (rows[0], rows[2])]))
+    for b, row in enumerate(rows):
+        alone, real = processor(row), batch["attention_mask"][b].bool()
+        for name in ("input_ids", "mm_token_type_ids"):
+            assert torch.equal(batch[name][b, real], alone[name][0])
+        assert real[-1] and (batch["input_ids"][b, ~real] == FIRST_ADDED).all()
+        assert torch.equal(alone["mm_token_type_ids"], (alone["input_ids"] == 151655).int())
+
+
+def test_decode_shows_control_tokens(processor):
+    ids = processor([{"role": "user", "content": "Hi 漢"}])["input_ids"][0]
+    assert processor.decode(ids) == "system\nYou are a helpful assistant.\nuser\nHi 漢\nassistant\n"
+
+
+# ---------------------------------------------------------------------------- videos
+
+def numbered(n, size=(112, 84)):
+    """Frames that differ."""
+    return [picture(*size, seed=i) for i in range(n)]
+
+
+def temporal(inputs, patches=48):
+    """(grids, 2, ...): the pixels of the first and the second frame of every temporal patch."""
+    return inputs["pixel_values_videos"].view(-1, patches, 3, 2, 196).transpose(1, 3).transpose(0, 1)
+
+
+def video(source, **more):
+    return user({"type": "video", "video": source, "min_pixels": 3136, "max_pixels": 50176} | more, text("What moves?"))
+
+
+def test_frames_in_the_wrong_slice(processor):
+    """First temporal slice frame 2i, second frame 2i + 1, and an odd count repeats the last."""
+    frames = numbered(5)
+    inputs = processor(video(frames, fps=4))
+    assert inputs["video_grid_thw"].tolist() == [[3, 6, 8]] and inputs["second_per_grid_ts"].tolist() == [0.5]
+    assert (inputs["mm_token_type_ids"] == 2).sum() == 36 == (inputs["input_ids"] == 151656).sum()
+    first, second = temporal(inputs)
+    for i, frame in enumerate([*frames, frames[-1]]):
+        still = processor(user(image(frame)))["pixel_values"].view(48, 3, 2, 196).transpose(0, 2)[0]
+        assert torch.equal((first, second)[i % 2][i // 2], still)
+
+
+def test_folder_in_alphabetical_order(processor, tmp_path):
+    frames = numbered(12)
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"frame{i}.png")
+    assert torch.equal(processor(video(tmp_path, fps=2))["pixel_values_videos"],
+                       processor(video(frames, fps=2))["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("count, delay, fps, expected, seconds", [
+    (20, 100, None, 4, 2 * 2 / 4),          # 2 s at 2 a second
+    (30, 100, 4, 12, 2 * 3 / 12),
+    (30, 100, 3.5, 10, 2 * 3 / 10),         # 10.5, rounded down to even
+    (7, 50, None, 4, 2 * 0.35 / 4),         # at least four
+    (3, 50, None, 2, 2 * 0.15 / 2),         # or as many as there are
+])
+def test_animation_sampled(processor, tmp_path, count, delay, fps, expected, seconds):
+    frames = numbered(count)
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=delay, lossless=True)
+    inputs = processor(video(tmp_path / "a.webp", **({} if fps is None else {"fps": fps})))
+    assert inputs["video_grid_thw"][0, 0] * 2 == expected
+    assert inputs["second_per_grid_ts"][0].item() == pytest.approx(seconds)
+    chosen = [frames[i] for i in np.linspace(0, count - 1, expected).round().astype(int)]
+    assert torch.equal(inputs["pixel_values_videos"], processor(video(chosen, fps=1))["pixel_values_videos"])
+
+
+def test_video_pixels_unbounded(published, tmp_path):
+    """A frame's limits: the item's, else the checkpoint's, else what is left of the video's budget."""
+    def grid(processor, n, **item):
+        frames = [Image.new("RGB", (1920, 1080))] * n
+        return processor(user({"type": "video", "video": frames, "fps": 2} | item))["video_grid_thw"][0].tolist()
+
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((published[0] / name).read_bytes())
+    plain = load_processor(tmp_path)
+    assert grid(plain, 2) == [1, *(s // 14 for s in smart_resize(1080, 1920, 28, 100352, 768 * 784))]
+    assert grid(plain, 2, max_pixels=50176, min_pixels=3136) == [
+        1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 50176))]
+    share = int(0.9 * 128000 * 784 * 2 / 20)
+    plain_high = max(min(768 * 784, share), int(1.05 * 100352))
+    assert grid(plain, 20) == [10, *(s // 14 for s in smart_resize(1080, 1920, 28, 100352, plain_high))]
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(
+        dict(size=dict(shortest_edge=3136, longest_edge=100_000))))
+    assert grid(load_processor(tmp_path), 2) == [1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 100_000))]
+
+
+# ---------------------------------------------------------------------------- settings and mistakes
+
+def test_settings_of_transformers_5(published, tmp_path):
+    """processor_config.json with an image_processor block, and sizes by edges."""
+    (tmp_path / "tokenizer.json").write_bytes((published[0] / "tokenizer.json").read_bytes())
+    (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_processor=dict(
+        size=dict(shortest_edge=784, longest_edge=7840), image_mean=[0.5] * 3, image_std=[0.5] * 3, merge_size=2))))
+    processor = load_processor(tmp_path)
+    assert (processor.min_pixels, processor.max_pixels) == (784, 7840)
+    assert processor(user(image(Image.new("RGB", (56, 56), "white"))))["pixel_values"].unique().tolist() == [1.0]
+
+
+def damaged(tmp_path):
+    """Files that are not pictures, by name."""
+    picture(200, 200).save(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:3000])
+    (tmp_path / "words.jpg").write_text("not a picture")
+    (tmp_path / "clip.mp4").write_bytes(b"\0" * 100)
+    (tmp_path / "folder").mkdir()
+    Image.new("L", (3000, 2)).save(tmp_path / "long.png")
+    Image.fromarray(np.zeros((60, 60), np.uint16)).save(tmp_path / "deep.png")
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    good = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "bomb.png").write_bytes(good[:16] + header + struct.pack(">I", __import__("zlib").crc32(b"IHDR" + header))
+                                        + good[33:])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, message", [
+    ("missing.png", "no such file; check the path"),
+    ("empty.png", "not a picture that Pillow can read"),
+    ("cut.png", "broken picture"),
+    ("words.jpg", "not a picture that Pillow can read"),
+    ("clip.mp4", "ffmpeg -i .*clip.mp4"),
+    ("folder", "a directory, not a picture"),
+    ("long.png", "3000x2 pixels is longer than 200:1"),
+    ("deep.png", "convert it to 8 bits"),
+    ("bomb.png", "decompression bomb"),
+])
+def test_file_is_not_a_picture(processor, tmp_path, name, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        processor(user(image(damaged(tmp_path) / name)))
+
+
+@pytest.mark.parametrize("messages, message", [
+    ([], "a conversation is a list of messages"),
+    ("hello", "a conversation is a list of messages"),
+    ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+    ([{"role": "user"}], "content of a message is a string or a list, not NoneType"),
+    (user("bare string"), "cannot use 'bare string' as content"),
+    (user({"type": "audio", "audio": "x.wav"}), "cannot use .*audio"),
+    (user({"type": "text"}), "cannot use"),
+    (user(image("https://example.org/a.png")), "URLs are not fetched; download it first"),
+    (user(image("data:image/png;base64,AAAA")), "URLs are not fetched"),
+    (user(image(3)), "a path or a PIL image, not int"),
+    (user({"type": "video", "video": []}), "a video without frames"),
+    (user({"type": "video", "video": [RED]}), "give fps"),
+    (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be above 0"),
+    (user({"type": "video", "video": "https://example.org/a.mp4"}), "download it first"),
+])
+def test_malformed_conversation(processor, messages, message):
+    with pytest.raises(ValueError, match=message):
+        processor(messages)
+
+
+def test_video_that_is_none(processor, tmp_path):
+    with pytest.raises(ValueError, match="a folder without frames"):
+        processor(video(tmp_path, fps=2))
+    RED.save(tmp_path / "still.png")
+    with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
+        processor(video(tmp_path / "still.png"))
+
+
+def test_damaged_processor_files(published, tmp_path):
+    with pytest.raises(OSError, match="preprocessor_config.json: no such file"):
+        load_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(OSError, match="tokenizer.json: no such file"):
+        load_processor(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+        load_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
+        load_processor(tmp_path)
+    for limits in (dict(max_pixels=0), dict(max_pixels=100), dict(min_pixels=-1)):
+        with pytest.raises(ValueError, match=re.escape("must be at least min_pixels")):
+            load_processor(published[0], **limits)
