@@ -1,8 +1,8 @@
-"""Logits become text: the generation loop, sampling, the CUDA graph, and the command line.
+"""Logits become text: choosing tokens, the loop, the CUDA graph, and the command line.
 
-Read from the top: choosing a token from logits, one decoding step, the loop around it; then how ids are shown as text
-while they come, and `main`. The loop knows no tokenizer. Two numbers run through it side by side: the slot in the cache,
-which counts tokens and belongs to KVCache, and the MRoPE position, which a picture advances by less than its tokens.
+Read from the top: how a token is chosen, one decoding step, the loop around it; then how ids become text while they
+come, and `main`. The loop knows no tokenizer. Two counters run through it side by side: the slot in the cache,
+which counts tokens, and the MRoPE position, which a picture moves on by less than its tokens.
 
 Next: load_weights.py. Shapes: B batch, T prompt tokens.
 """
@@ -16,26 +16,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from load_weights import ATTENTIONS, checkpoint, load_generation_config, load_model
 from model import KVCache, Qwen2_5_VL
 from processing import Processor, load_processor
 
-HERE = Path(__file__).parent
-DEMO_MODEL, DEMO_IMAGE, DEMO_PROMPT = HERE / "tiny", HERE / "assets" / "demo.png", "Describe the image."
-GREEDY_BELOW = 1e-5     # a temperature under it means argmax: the published 1e-6 divides float32 logits to nothing else
+GREEDY_BELOW = 1e-5     # temperatures: published checkpoints say 1e-6 and mean argmax
 
 
 def choose(
     logits: Tensor, seen: Tensor, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The next token (B,) from logits (B, vocab); seen (B, vocab) marks ids that have occurred.
+    """The next token (B,) from logits (B, vocab); seen (B, vocab) marks the ids that have occurred.
 
     In Hugging Face's order and arithmetic: float32, penalty, temperature, top-k, top-p.
     """
@@ -47,35 +45,36 @@ def choose(
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort()
         unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        unlikely[:, -1] = False                                         # the likeliest always stays
+        unlikely[:, -1] = False                                     # the likeliest token always stays
         logits = logits.masked_fill(unlikely.scatter(1, order, unlikely), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def decode_step(model: Qwen2_5_VL, token: Tensor, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-    """Logits (B, vocab) after one more token (B, 1) of every row; moves position (B, 1) on, in place.
+def decode_step(model: Qwen2_5_VL, token: Tensor, position: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    """Logits (B, vocab) after one more token (B, 1) in every row; moves position (B, 1) on, in place.
 
-    Text moves all three axes together. Everything is on the device and no value is looked at: it can be captured.
+    Everything stays on the device and no value is looked at, so that the step can be captured.
     """
-    logits = model.decode(model.embed(token), position.expand(3, -1, -1), mask, cache, last_only=True)
+    axes = position.expand(3, -1, -1)       # text moves all three alike
+    logits = model.decode(model.embed(token), axes, mask, cache, last_only=True)
     position += 1
     return logits[:, -1]
 
 
 def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
-    """`step` as a CUDA graph: the same kernels on the same addresses, without the thousand launches from Python.
+    """`step` as a CUDA graph: the same kernels at the same addresses, launched all at once.
 
-    Those take the host longer than the card needs for the work, so that a small model's decoding is bound by them. The
-    cache must be empty, and is so afterwards.
+    One token of the 7B takes about a thousand kernels. Launching them from Python one by one takes the host longer
+    than the card needs to run them. The cache must be empty, and is so again afterwards.
     """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):      # a few runs first: libraries allocate and choose kernels when first called
+    with torch.cuda.stream(aside):          # a few runs first: at their first call libraries allocate and choose
         for _ in range(3):
             cache.clear()
             step()
@@ -87,13 +86,13 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
     cache.clear()
 
     def replay() -> Tensor:
-        graph.replay()                  # writes into `logits`, and moves cache.end and the position on the device
-        cache.length += 1               # the host's count is not part of the graph
+        graph.replay()                      # writes `logits`, and moves cache.end and the position
+        cache.length += 1                   # the host's own count is not in the graph
         return logits
     return replay
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Qwen2_5_VL,
     inputs: dict[str, Tensor],
@@ -110,71 +109,72 @@ def generate(
     """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos included.
 
     A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
-    max_new_tokens. temperature 0 is greedy, top_k 0 and top_p 1 leave all tokens in; the penalty is for ids of prompt and
-    answer. graph: replay a CUDA graph for each token (None: where there is CUDA). Raises ValueError for settings without
-    sense and where prompt and answer are longer than the model's context.
+    max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty concerns the
+    ids of prompt and answer, not pads. graph: replay a CUDA graph for each token (None: where there is CUDA).
+    Raises ValueError for settings without sense, and where prompt and answer exceed the model's context.
     """
-    config, device, dtype = model.config, model.model.norm.weight.device, model.model.norm.weight.dtype
     input_ids = inputs["input_ids"]
-    attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids))
-    B, T = input_ids.shape
+    (B, T), limit = input_ids.shape, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     if temperature < 0:
         raise ValueError(f"temperature {temperature}: must be 0 (greedy) or above")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: must be above 0 and at most 1")
-    if T + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of "
-                         f"{config.max_position_embeddings}; use fewer new tokens, fewer or smaller pictures")
-    media = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs}
-    position_ids, next_position = model.positions(input_ids, attention_mask, **media)
+    if T + max_new_tokens > limit:
+        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {limit}; "
+                         "use fewer new tokens, or fewer or smaller pictures")
 
-    # Grids stay on the CPU: the tower cuts windows by them and never waits for the device.
-    grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
+    # Grids stay on the CPU: the vision tower cuts its windows by them and so never waits for the device.
+    grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+    attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids))
+    position_ids, next_position = model.positions(
+        input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
+    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     pixels = {name: inputs[name].to(device) for name in ("pixel_values", "pixel_values_videos") if name in inputs}
-    input_ids, position_ids, mask = input_ids.to(device), position_ids.to(device), attention_mask.to(device)
-    cache = KVCache(config, B, T + max_new_tokens, device, dtype)
-    token, position = input_ids[:, -1:].clone(), next_position[:, None].to(device)
-    whole_mask = torch.cat((mask, mask.new_ones(B, max_new_tokens)), dim=1)
-    seen = torch.zeros(B, config.vocab_size, dtype=torch.int64, device=device)
-    seen = seen.scatter_add(1, input_ids, mask.long()).bool()                   # pads have not been said
+    input_ids, position_ids, position = input_ids.to(device), position_ids.to(device), next_position[:, None].to(device)
+
+    unpadded = bool(attention_mask.all())
+    mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1).to(device)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int64, device=device)
+    seen = seen.scatter_add(1, input_ids, mask[:, :T]) > 0          # pads have not been said
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    cache = KVCache(model.config, B, T + max_new_tokens, device, dtype)
+    token = torch.zeros(B, 1, dtype=torch.int64, device=device)
 
-    replay = None
-    if graph or (graph is None and device.type == "cuda"):
-        start = position.clone()
-        replay = capture(lambda: decode_step(model, token, position, whole_mask, cache), cache)
-        position.copy_(start)
+    if graph or (graph is None and device.type == "cuda"):      # before the prompt, whose place it runs over
+        first = position.clone()
+        step = capture(lambda: decode_step(model, token, position, mask, cache), cache)
+        position.copy_(first)
+    else:
+        step = lambda: decode_step(model, token, position, None if unpadded else mask[:, :cache.length + 1], cache)
+
     x = model.embed(input_ids, **pixels, **grids)
-    unpadded = attention_mask.all()
-    logits = model.decode(x, position_ids, None if unpadded else mask, cache, last_only=True)[:, -1]
+    logits = model.decode(x, position_ids, None if unpadded else mask[:, :T], cache, last_only=True)[:, -1]
     del x, pixels
-
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
     over = torch.zeros(B, dtype=torch.bool)
     for n in range(max_new_tokens):
         if n > 0:
-            logits = replay() if replay else decode_step(
-                model, token, position, whole_mask[:, :cache.length + 1], cache)
+            logits = step()
         chosen = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
         token.copy_(chosen[:, None])
         seen.scatter_(1, token, True)
-        ids = chosen.cpu().masked_fill(over, pad_token_id)                      # the one wait for the device
+        ids = chosen.cpu().masked_fill(over, pad_token_id)      # the one wait for the device
         yield ids
-        over |= torch.isin(ids, ends)
+        over = over | torch.isin(ids, ends)
         if over.all():
             return
 
 
-# ---------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------- text, as it comes
 
-# What a terminal would obey instead of show: control characters but tab and newline, and overrides of direction.
+# What a terminal would obey instead of show: control characters but tab and newline, and changes of direction.
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def text_of(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
-    """Text as it comes: a character made of several tokens appears when it is whole."""
+    """The text of token ids in pieces, each of whole characters: some take several tokens."""
     ids = []
     for token in tokens:
         ids.append(token)
@@ -187,19 +187,16 @@ def text_of(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr, from the second second on, what is being waited for."""
+    """Says on stderr what takes so long, from the second second on."""
     done = threading.Event()
 
     def tick() -> None:
-        started, shown = time.perf_counter(), False
-        while not done.wait(2 if not shown else 1):
-            if sys.stderr.isatty():
-                print(f"\r{what} ... {time.perf_counter() - started:.0f} s", end="", file=sys.stderr, flush=True)
-            elif not shown:
-                print(f"{what} ...", file=sys.stderr, flush=True)
-            shown = True
-        if shown and sys.stderr.isatty():
-            print(file=sys.stderr)
+        for seconds in range(2, 1_000_000):
+            if done.wait(2 if seconds == 2 else 1):
+                return
+            end = "\r" if sys.stderr.isatty() else "\n"
+            if seconds == 2 or end == "\r":
+                print(f"{what} ... {seconds} s", end=end, file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
@@ -210,56 +207,62 @@ def progress(what: str) -> Iterator[None]:
         thread.join()
 
 
+# ---------------------------------------------------------------------------- the command line
+
+HERE = Path(__file__).parent
+DEMO_MODEL, DEMO_IMAGE, DEMO_PROMPT = HERE / "tiny", HERE / "assets" / "demo.png", "Describe the image."
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see python generate.py --help")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="generate.py", allow_abbrev=False, description="Ask Qwen2.5-VL about pictures. Without "
-                    "arguments the tiny checkpoint describes the demo picture. The answer goes to stdout.")
+    parser = Parser(prog="generate.py", allow_abbrev=False, description="Ask Qwen2.5-VL about pictures and videos. "
+                    "Without arguments the tiny checkpoint describes the demo picture. Only the answer goes to stdout.")
     add = parser.add_argument
-    add("--model", help="a checkpoint's directory or hub id, e.g. Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
+    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable, in order")
-    add("--video", metavar="PATH", help="a folder of frames (give --fps) or an animated GIF, WebP or PNG")
-    add("--fps", type=float, help="frames per second: of a folder as taken, of an animation to sample (default: 2)")
-    add("--prompt", help=f"the question; - reads it from stdin (default: {DEMO_PROMPT!r})")
+    add("--video", metavar="PATH", help="a folder of frames (with --fps) or an animated GIF, WebP or PNG")
+    add("--fps", type=float, help="frames a second, of a folder as taken, of an animation to sample (default: 2)")
+    add("--prompt", help=f"the question; - reads stdin (default: {DEMO_PROMPT!r})")
     add("--system", help="the system prompt (default: the template's)")
     add("--max-new-tokens", type=int, default=256, metavar="N")
     add("--temperature", type=float, help="0 is greedy (default: the checkpoint's)")
     add("--top-p", type=float, help="(default: the checkpoint's)")
     add("--seed", type=int, help="makes sampling repeatable")
-    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; a token takes 784 pixels")
-    add("--device", default="auto", help="cuda, cpu (default: cuda where there is one)")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32", "float16"], help="(default: the checkpoint's)")
+    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; 784 pixels become a token")
+    add("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32", "float16"],
+        help="(default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
-    add("--no-graph", action="store_true", help="launch every kernel from Python instead of replaying a CUDA graph")
+    add("--no-graph", action="store_true", help="launch kernels one by one instead of replaying a CUDA graph")
     return parser.parse_args(argv)
 
 
 def messages_of(args: argparse.Namespace) -> list[dict]:
-    """The conversation that the arguments ask for: pictures first, in order, then the prompt, in one user turn."""
-    images = args.image
-    if args.model is None and not images and not args.video:
-        images = [DEMO_IMAGE]
-    content = [{"type": "image", "image": image} for image in images]
+    """The conversation that the arguments ask for: pictures in order, then the prompt, in one user turn."""
+    demo = args.model is None and not args.image and not args.video
+    content = [{"type": "image", "image": path} for path in ([DEMO_IMAGE] if demo else args.image)]
     if args.video:
-        content.append({"type": "video", "video": args.video} | ({"fps": args.fps} if args.fps is not None else {}))
+        content.append({"type": "video", "video": args.video, "fps": args.fps})
     if not content and args.prompt is None:
         raise ValueError("nothing to answer; give --prompt, --image or --video")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    content.append({"type": "text", "text": DEMO_PROMPT if prompt is None else prompt})
+    prompt = DEMO_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return [*system, {"role": "user", "content": content}]
+    return [*system, {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
 def run(args: argparse.Namespace) -> None:
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     messages = messages_of(args)
-    note = lambda text: print(text, file=sys.stderr, flush=True)
-    *pictures, question = [item.get("image") or item.get("video") or item["text"] for item in messages[-1]["content"]]
     if args.model is None:
-        shown = [os.path.relpath(path) for path in (DEMO_MODEL, *pictures)]
-        note(f"{shown[0]} is asked about {', '.join(shown[1:])}: {question}")
+        *media, question = messages[-1]["content"]
+        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
+        note(f"{os.path.relpath(DEMO_MODEL)} is asked about {', '.join(names)}: {question['text']}")
     with progress("loading"):
         path = checkpoint(args.model or DEMO_MODEL)
         processor = load_processor(path, max_pixels=args.max_pixels)
@@ -267,50 +270,49 @@ def run(args: argparse.Namespace) -> None:
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         model = load_model(path, args.device, dtype, args.attention)
     settings = load_generation_config(path)
-    settings |= {name: value for name in ("temperature", "top_p", "seed") if (value := getattr(args, name)) is not None}
+    settings |= {name: getattr(args, name) for name in ("temperature", "top_p", "seed") if getattr(args, name) is not None}
 
-    device, T = model.model.norm.weight.device, inputs["input_ids"].shape[1]
-    weights = sum(p.nbytes for p in model.parameters())
-    cache = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim \
-        * (T + args.max_new_tokens) * model.model.norm.weight.itemsize
-    sizes = [f"{w * processor.patch_size}x{h * processor.patch_size}" + (f"x{t * 2} frames" if t > 1 else "")
-             for name in ("image_grid_thw", "video_grid_thw") for t, h, w in inputs.get(name, torch.empty(0, 3)).tolist()]
-    note(f"resized to {', '.join(sizes) or 'nothing'}; {T} tokens; weights {weights / 1e9:.3f} GB, "
-         f"cache {cache / 1e9:.3f} GB, {model.model.norm.weight.dtype} on {device}")
+    weight, T, side = model.model.norm.weight, inputs["input_ids"].shape[1], processor.patch_size
+    sizes = [f"{w * side}x{h * side}" + (f" ({t * processor.temporal_patch_size} frames)" if t > 1 else "")
+             for name in ("image_grid_thw", "video_grid_thw") if name in inputs for t, h, w in inputs[name].tolist()]
+    stored = KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype)
+    note(f"{', '.join(sizes) or 'no picture'}; {T} tokens; weights {sum(p.nbytes for p in model.parameters()) / 1e9:.3f}"
+         f" GB, cache {2 * stored.k.nbytes / 1e9:.3f} GB, {weight.dtype} on {weight.device}")
 
-    started, times = time.perf_counter(), []
+    times = [time.perf_counter()]
 
     def tokens() -> Iterator[int]:
         steps = generate(model, inputs, args.max_new_tokens, **settings, graph=False if args.no_graph else None)
-        with progress("reading the prompt"):
+        with progress("reading"):
             first = next(steps)
-        for ids in (i for part in ([first], steps) for i in part):
+        for ids in chain([first], steps):
             times.append(time.perf_counter())
             yield ids.item()
 
     for text in text_of(tokens(), processor):
-        sys.stdout.write(UNSHOWN.sub("", text))
-        sys.stdout.flush()
+        print(UNSHOWN.sub("", text), end="", flush=True)
     print(flush=True)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
-    note(f"first token after {times[0] - started:.2f} s, {len(times)} tokens, then {speed:.1f} a second; "
-         f"peak memory {peak / 1e9:.2f} GB")
+    start, first, *_, last = times + times[-1:]
+    speed = f", then {(len(times) - 2) / (last - first):.0f} a second" if last > first else ""
+    note(f"first token after {first - start:.2f} s{speed}; {len(times) - 1} tokens; "
+         f"peak memory {peak_memory(weight.device) / 1e9:.2f} GB")
 
 
-def peak_memory() -> int:
-    """Bytes of this process at most so far; ru_maxrss counts kilobytes, on macOS bytes."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on the card, or of this process. ru_maxrss counts kilobytes, on macOS bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew, for 0.4 s, whenever the number of tokens changes
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for 0.4 s whenever the number of tokens is new
     try:
         run(parse(argv))
         return 0
     except torch.OutOfMemoryError:
-        print("error: out of memory; use --max-pixels for smaller pictures or --dtype bfloat16", file=sys.stderr)
+        print("error: out of memory; use --max-pixels for smaller pictures, or --dtype bfloat16", file=sys.stderr)
         return 2
     except BrokenPipeError:                         # the reader has seen enough, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,15 @@
 """Tokens become logits: the decoder, its cache, and the splicing in of vision tokens.
 
-A forward pass, with the numbers of one 448 x 672 picture and the 7B:
+A forward pass, with the sizes of one 448 x 672 picture and the 7B:
 
-    pixel_values (1536, 1176)  -- vision.VisionTransformer -->  384 vision tokens (384, 3584)
-    input_ids (1, T)           -- embed -->                     x (1, T, 3584), vision tokens at their placeholders
+    pixel_values (1536, 1176)  -- vision.VisionTransformer -->  vision tokens (384, 3584)
+    input_ids (1, T)           -- embed -->                     x (1, T, 3584), vision tokens in their places
                                -- rope.mrope_positions -->      position_ids (3, 1, T)
-    x, position_ids            -- decode: 28 layers -->         logits (1, T, 152064)
+    x, position_ids            -- decode, 28 layers -->         logits (1, T, 152064)
 
-Read from the top: config, cache, attention, layer, model. Two counters never coincide after a picture: how many tokens
-the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No module stores
-a position.
+Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many tokens
+the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No module
+stores a position.
 
 Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: generate.py
 
@@ -36,7 +36,7 @@ class Config:
     num_key_value_heads: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, ...]      # how many of the head_dim / 2 speeds turn with time, row, column
+    mrope_section: tuple[int, ...]      # how many channel pairs turn with time, with the row, with the column
     max_position_embeddings: int
     tie_word_embeddings: bool           # the head is the embedding (3B)
     image_token_id: int
@@ -50,47 +50,50 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
 
-Store = tuple[Tensor, Tensor, Tensor]   # of one layer: the slots to write, and the keys and values to write into
+Store = tuple[Tensor, Tensor, Tensor]   # of one layer: slots (T,), and the keys and values to write into there
 
 
 class KVCache:
-    """Keys and values of up to max_tokens tokens, in place from the start, so that nothing moves while decoding."""
+    """Keys and values of up to max_tokens tokens, in place from the start: nothing moves while decoding."""
 
-    def __init__(self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
-        # Zeros: slots that are masked out still enter the product, and 0 * NaN is NaN.
+        # Zeros, because slots that are masked out enter the product all the same, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_tokens = max_tokens
         self.length = 0                                                     # tokens stored, for the host
-        self.end = torch.zeros(1, device=device, dtype=torch.int64)         # the same for the device (CUDA graphs)
+        self.end = torch.zeros(1, device=device, dtype=torch.int64)         # the same, for a CUDA graph
 
     def clear(self) -> None:
         self.length = 0
         self.end.zero_()
 
     def reserve(self, T: int) -> Tensor:
-        """The next T slots, (T,). Raises ValueError where there are not so many."""
-        if self.length + T > self.max_tokens:
-            raise ValueError(f"the cache is full: it holds {self.length} of at most {self.max_tokens} tokens, and "
-                             f"{T} more were given; make it with a larger max_tokens")
+        """The slots (T,) of the next T tokens. Raises ValueError where there are not so many."""
+        max_tokens = self.k.shape[3]
+        if self.length + T > max_tokens:
+            raise ValueError(f"the cache is full: it holds {self.length} of at most {max_tokens} tokens and {T} more "
+                             "were given; make it with a larger max_tokens")
         slots = self.end + torch.arange(T, device=self.end.device)
         self.length += T
         self.end += T
         return slots
 
     def stores(self, slots: Tensor, S: int) -> list[Store]:
-        """For every layer where to write, and its first S slots to write into and to attend to."""
+        """What each layer writes at `slots` and attends to: its first S slots."""
         return [(slots, k, v) for k, v in zip(self.k[:, :, :, :S], self.v[:, :, :, :S])]
 
 
 class Attention(nn.Module):
-    """Grouped queries: num_key_value_heads keys and values, each shared by neighbouring query heads."""
+    """Grouped queries: neighbouring query heads share one of num_key_value_heads keys and values."""
 
     def __init__(self, config: Config, attend: Attend):
         super().__init__()
-        C, D, kv = config.hidden_size, config.head_dim, config.num_key_value_heads * config.head_dim
-        self.head_dim, self.attend = D, attend
+        C, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.attend = attend
         self.q_proj = nn.Linear(C, C)
         self.k_proj = nn.Linear(C, kv)
         self.v_proj = nn.Linear(C, kv)
@@ -98,13 +101,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, store: Store | None) -> Tensor:
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)        # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)        # (B, key heads, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        H, key_heads = self.heads
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + key_heads, C // H)
+        q, k = rotate(qk.transpose(1, 2), cos, sin).split(self.heads, dim=1)        # (B, heads, T, D)
+        v = self.v_proj(x).view(B, T, key_heads, C // H).transpose(1, 2)
         if store is not None:
             slots, keys, values = store
-            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)       # (B, key heads, S, D)
+            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)   # (B, key heads, S, D)
         y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -123,16 +126,15 @@ class DecoderLayer(nn.Module):
 
 
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of T new tokens at `slots` against S tokens: (1 or B, 1, T, S), 0 or very negative.
+    """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or very negative.
 
-    By order in the sequence, never by position: all tokens of a picture's row share one. The lowest finite number
-    and not -inf, because a pad that sees nothing would be NaN.
+    By order in the sequence and never by position: a picture's tokens repeat and precede each other's positions.
+    The lowest finite number and not -inf, because the softmax of a pad that sees nothing would be NaN.
     """
-    visible = torch.arange(S, device=slots.device) <= slots[:, None]
-    visible = visible[None, None]
+    visible = (torch.arange(S, device=slots.device) <= slots[:, None])[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask[:, None, None, :].bool()
-    return torch.zeros(visible.shape, device=slots.device, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 class Qwen2_5_VL(nn.Module):
@@ -149,33 +151,6 @@ class Qwen2_5_VL(nn.Module):
         ))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-    ) -> Tensor:
-        """Token embeddings (B, T, C), with the vision tokens of the given pictures and videos at their placeholders.
-
-        input_ids: (B, T) int64; pixels: (N, 1176) floats; grids: (items, 3) int64, best on the CPU.
-        Raises ValueError where placeholders and vision tokens differ in number.
-        """
-        config = self.config
-        x = self.model.embed_tokens(input_ids)
-        for name, token_id, pixels, grid_thw in (
-            ("pictures", config.image_token_id, pixel_values, image_grid_thw),
-            ("videos", config.video_token_id, pixel_values_videos, video_grid_thw),
-        ):
-            if pixels is not None:
-                tokens = self.visual(pixels, grid_thw).to(x.dtype)
-                here = input_ids == token_id
-                if here.sum() != len(tokens):
-                    raise ValueError(f"the prompt has {here.sum()} placeholders for {name}, which take {len(tokens)}")
-                x = x.masked_scatter(here[:, :, None], tokens)
-        return x
 
     def positions(
         self,
@@ -194,6 +169,33 @@ class Qwen2_5_VL(nn.Module):
             attention_mask=attention_mask,
         )
 
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+    ) -> Tensor:
+        """Token embeddings (B, T, C), with vision tokens at the placeholders of the given pictures and videos.
+
+        input_ids: (B, T) int64; pixels: (N, 1176) floats; grids: (items, 3) int64, best on the CPU.
+        Raises ValueError where placeholders and vision tokens differ in number.
+        """
+        config = self.config
+        x = self.model.embed_tokens(input_ids)
+        for what, placeholder, pixels, grid_thw in (
+            ("pictures", config.image_token_id, pixel_values, image_grid_thw),
+            ("videos", config.video_token_id, pixel_values_videos, video_grid_thw),
+        ):
+            if pixels is not None:
+                tokens = self.visual(pixels, grid_thw).to(x.dtype)
+                here = input_ids == placeholder
+                if here.sum() != len(tokens):
+                    raise ValueError(f"the prompt has {here.sum()} placeholders for {what}, which take {len(tokens)}")
+                x = x.masked_scatter(here[:, :, None], tokens)
+        return x
+
     def decode(
         self,
         x: Tensor,
@@ -202,10 +204,10 @@ class Qwen2_5_VL(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, vocab) of T new tokens, or (B, 1, vocab) of the last one; with a cache, after what it holds.
+        """Logits (B, T, vocab) of T new tokens, after what the cache holds; last_only: (B, 1, vocab) of the last.
 
-        x: (B, T, C); position_ids: (3, B, T); attention_mask: (B, S) over stored and new tokens, 1 real, 0 pad;
-        slots of the cache that lie ahead may be in it and are not looked at. Logits at pads are finite and mean nothing.
+        x: (B, T, C); position_ids: (3, B, T). attention_mask: (B, S) over stored and new tokens, 1 real, 0 pad; it
+        may be longer, slots ahead are not looked at. Logits at pads are finite and mean nothing.
         """
         config, T = self.config, x.shape[1]
         slots = torch.arange(T, device=x.device) if cache is None else cache.reserve(T)
@@ -215,10 +217,11 @@ class Qwen2_5_VL(nn.Module):
             mask = causal_mask(slots, S, attention_mask, x.dtype)
         elif T == S:
             mask = CAUSAL
-        else:
-            mask = causal_mask(slots, S, None, x.dtype)
+        else:       # a single new token sees all there is
+            mask = None if T == 1 else causal_mask(slots, S, None, x.dtype)
+
         cos, sin = mrope_rotary(position_ids, config.head_dim, config.rope_theta, config.mrope_section, x.dtype)
-        cos, sin = cos[:, None], sin[:, None]                                   # (B, 1, T, D), for every head
+        cos, sin = cos[:, None], sin[:, None]                                       # (B, 1, T, D), for all heads
         stores = [None] * config.num_hidden_layers if cache is None else cache.stores(slots, S)
         for layer, store in zip(self.model.layers, stores):
             x = layer(x, cos, sin, mask, store)
@@ -231,18 +234,21 @@ class Qwen2_5_VL(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,    # HF's processor makes it and its model needs it; this one reads ids
+        mm_token_type_ids: Tensor | None = None,    # unused: what HF reads from it, the ids say themselves
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | list[float] | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab) of a whole prompt, from what a processor returns: ours or Hugging Face's."""
+        """Logits (B, T, vocab) of whole prompts, from a processor's dict: ours or Hugging Face's.
+
+        Raises ValueError where placeholders don't match pictures and videos.
+        """
         if position_ids is None:
             position_ids, _ = self.positions(
                 input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts)
         x = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if attention_mask is not None and attention_mask.all():
-            attention_mask = None               # nothing is padded: causal attention without a mask tensor
+            attention_mask = None       # nothing is padded: causal attention without a mask tensor
         return self.decode(x, position_ids.to(x.device), attention_mask)

@@ -1,17 +1,19 @@
 """Patches become tokens: the vision transformer, and the parts that both towers share.
 
-Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then patch embedding, windows, block, merger,
-tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis. Most blocks attend inside
-windows of 112 x 112 pixels, a few inside the whole frame, none across frames or items: time exists only in the
-decoder. Sizes in pixels: a patch is 14, a merge group (2 x 2 patches, one token for the decoder) 28, a window 112.
+Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
+block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
+Most blocks attend inside windows, a few inside the whole frame, none across frames or items: time exists only
+in the decoder. In pixels, a side of a patch is 14, of a merge group (2 x 2 patches, one token for the decoder)
+28, of a window 112.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
 
-Shapes: N patches, C width, H heads, D head dim, B batch or windows, T queries, S keys, G groups of queries per key head.
+Shapes: N patches, C width, H heads, D head dim, B batch or windows, T queries, S keys.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,7 @@ from torch import Tensor, nn
 
 from rope import rotate, vision_positions, vision_rotary
 
-CAUSAL = "causal"   # a mask that needs no tensor: as many queries as keys, each sees those up to itself
-Mask = Tensor | str | None
-Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
-NORM_EPS = 1e-6     # of the tower; not in config.json
+NORM_EPS = 1e-6     # of the tower; config.json has only the decoder's
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class VisionConfig:
 # ---------------------------------------------------------------------------- shared with the decoder
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, and only then times the weight: in bfloat16 the order shows."""
+    """x / rms(x) in float32, cast back, and only then times the weight. HF: Qwen2_5_VLRMSNorm."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -56,6 +55,8 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """HF: Qwen2_5_VLMLP, Qwen2MLP."""
+
     def __init__(self, dim: int, hidden: int, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(dim, hidden, bias=bias)
@@ -66,16 +67,22 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention by torch's fused kernels; no tensor of T x S unless the mask is one.
+# What a query may see: every key (None), those up to itself with as many queries as keys (CAUSAL, which takes no
+# memory), or what a tensor says that is added to the scores and broadcasts to (B, 1, T, S).
+CAUSAL = "causal"
+Mask = Tensor | str | None
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
-    q: (B, H, T, D); k and v: (B, key heads, S, D), each key head serving H / key heads neighbouring query heads.
-    mask: None (every query sees every key), CAUSAL, or a tensor to add to the scores, broadcast to (B, 1, T, S).
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention by torch's fused kernels: no tensor of T x S unless the mask is one.
+
+    q: (B, H, T, D); k and v: (B, key heads, S, D), each key head shared by H / key heads neighbours in q.
     Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
     if T == 1 and mask is not CAUSAL:
-        # Decoding: queries that share a key head become the query axis, so that no key is read twice.
+        # One new token: the queries that share a key head become the query axis, and no key is repeated.
         return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask).reshape(B, H, T, D)
     if mask is CAUSAL:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
@@ -83,7 +90,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), summed in float32; arguments as for `sdpa`."""
+    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), with the softmax in float32. Arguments as for `sdpa`."""
     T, S = q.shape[2], k.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
@@ -95,14 +102,14 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """`sdpa` written out: for reading, for checking and for pictures of the weights. Takes T x S of memory."""
+    """`sdpa` written out, for reading, checking and drawing the weights. Takes T x S of memory per head."""
     return attention_weights(q, k, mask) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
-# ---------------------------------------------------------------------------- the tower
+# ---------------------------------------------------------------------------- patches and windows
 
 class PatchEmbed(nn.Module):
-    """A 3-D convolution whose stride equals its kernel is a linear map of the flattened patch: computed as one."""
+    """A convolution whose stride equals its kernel is a linear map of the flattened patch, and computed as one."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -113,25 +120,30 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1))
 
 
-# How attention cuts up one item: its number of frames, and per frame the runs of equal windows as (windows, patches).
-Layout = tuple[int, list[tuple[int, int]]]
+class Layout(NamedTuple):
+    """How attention cuts up one picture or video: in each of its frames lie the same runs of equal windows."""
+    frames: int
+    runs: list[tuple[int, int]]     # (number of windows, patches in each), in stored order
+
+    @property
+    def patches(self) -> int:
+        return self.frames * sum(windows * patches for windows, patches in self.runs)
 
 
 def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor, list[Layout]]:
-    """The order of merge groups in which every window is contiguous, and the windows of each item in that order.
+    """The order of merge groups in which every window is contiguous, and how each item is cut in that order.
 
-    A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are smaller,
-    not padded. Inside a frame come first all whole windows, then the right edge, the bottom edge, the corner, so that
-    equal windows are neighbours and share one attention call. Frames and items stay where they were.
+    A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are
+    smaller, not padded. Whole windows come first, then the right edge, the bottom edge, the corner: equal ones are
+    neighbours and can share an attention call. Frames and items stay where they were.
 
-    grid_thw: (items, 3), in patches. Returns order (N / merge_size^2,) int64 on the CPU, to index groups with, and a
-    Layout per item. HF: get_vision_window_index (same windows; there in raster order).
+    grid_thw: (items, 3) in patches. Returns order (N / merge_size^2,), int64 on the CPU, to index groups with.
+    HF: get_vision_window_index (the same windows, in raster order).
     """
     order, layouts, first = [], [], 0
     for t, h, w in grid_thw.tolist():
         h, w = h // merge_size, w // merge_size
         groups = torch.arange(first, first + t * h * w).view(t, h, w)
-        first += t * h * w
         bottom, right = h % window, w % window
         regions, runs = [], []
         for rows, wh in ((slice(0, h - bottom), window), (slice(h - bottom, h), bottom)):
@@ -139,26 +151,28 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
                 region = groups[:, rows, columns]
                 if region.numel() > 0:
                     windows = region.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3)
-                    _, down, across, wh, ww = windows.shape
-                    regions.append(windows.flatten(1))                                  # (t, groups of the region)
-                    runs.append((down * across, wh * ww * merge_size**2))
+                    regions.append(windows.flatten(1))      # from (t, down, across, wh, ww)
+                    runs.append((windows.shape[1] * windows.shape[2], wh * ww * merge_size**2))
         order.append(torch.cat(regions, dim=1).flatten())
-        layouts.append((t, runs))
+        layouts.append(Layout(t, runs))
+        first += t * h * w
     return torch.cat(order), layouts
 
 
 def attend_windows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attention inside each window of one item, one call per run of equal windows. (N, H, D) -> (N, H * D)."""
+    """Attention inside every window of one item, a call per run. (N, H, D) each -> (N, H * D)."""
+    N, H, D = q.shape
     frames, runs = layout
-    H, D = q.shape[1:]
     sizes = [windows * patches for windows, patches in runs]
-    parts = zip(runs, *(x.unflatten(0, (frames, -1)).split(sizes, dim=1) for x in (q, k, v)))
+    q_runs, k_runs, v_runs = (x.view(frames, N // frames, H, D).split(sizes, dim=1) for x in (q, k, v))
     out = []
-    for (windows, patches), *qkv in parts:
-        q, k, v = (x.reshape(frames * windows, patches, H, D).transpose(1, 2) for x in qkv)     # (B, H, T, D)
-        out.append(attend(q, k, v, None).transpose(1, 2).reshape(frames, windows * patches, H * D))
-    return torch.cat(out, dim=1).flatten(0, 1)
+    for (windows, patches), *qkv in zip(runs, q_runs, k_runs, v_runs):
+        batch = [x.reshape(frames * windows, patches, H, D).transpose(1, 2) for x in qkv]   # (B, H, T, D)
+        out.append(attend(*batch, None).transpose(1, 2).reshape(frames, windows * patches, H * D))
+    return torch.cat(out, dim=1).view(N, H * D)
 
+
+# ---------------------------------------------------------------------------- the tower
 
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, attend: Attend):
@@ -168,10 +182,10 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layouts: list[Layout]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)                   # (N, H, D) each
-        q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
-        sizes = [frames * sum(windows * patches for windows, patches in runs) for frames, runs in layouts]
-        items = zip(q.split(sizes), k.split(sizes), v.split(sizes), layouts)
+        qk, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).split((2, 1), dim=1)
+        qk = rotate(qk.float(), cos, sin).to(x.dtype)
+        sizes = [layout.patches for layout in layouts]
+        items = zip(*(y.split(sizes) for y in (qk[:, 0], qk[:, 1], v[:, 0])), layouts)      # (N, H, D) each
         return self.proj(torch.cat([attend_windows(self.attend, *item) for item in items]))
 
 
@@ -189,14 +203,14 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The patches of a merge group, which lie next to each other, become one token of the decoder's width."""
+    """The patches of a merge group, which are neighbours in x, become one token of the decoder's width."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        dim = config.hidden_size * config.spatial_merge_size**2
-        self.dim = dim
-        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)      # each patch by itself, before they are joined
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, config.out_hidden_size))
+        self.dim = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)       # each patch by itself, before they are joined
+        self.mlp = nn.Sequential(nn.Linear(self.dim, self.dim), nn.GELU(),
+                                 nn.Linear(self.dim, config.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.dim))
@@ -213,22 +227,23 @@ class VisionTransformer(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values: (N, 1176), rows in merge-group order; grid_thw: (items, 3) int64, best on the CPU.
+        """Vision tokens (N / 4, out_hidden_size), merge groups in reading order: time, row, column.
 
-        Returns (N / 4, out_hidden_size), the merge groups of each item in reading order: time, row, column.
+        pixel_values: (N, 1176), rows in merge-group order; grid_thw: (items, 3) int64, on the CPU if the tower
+        is not to wait for the device.
         """
         config, weight = self.config, self.patch_embed.proj.weight
         merge = config.spatial_merge_size
-        order, windows = window_order(grid_thw, merge, config.window_size // config.patch_size // merge)
-        frames = [(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
+        order, windows = window_order(grid_thw, merge, config.window_size // (config.patch_size * merge))
+        frames = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
 
-        # Into window order once, out of it once: rotary positions travel along, full blocks don't mind.
-        positions = vision_positions(grid_thw, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+        # Into window order once and out of it once, at the end: positions move along, full blocks don't mind.
+        in_groups = (-1, merge**2)
+        positions = vision_positions(grid_thw, merge).unflatten(0, in_groups)[order].flatten(0, 1)
         cos, sin = vision_rotary(positions.to(weight.device), config.hidden_size // config.num_heads)
-        cos, sin = cos[:, None], sin[:, None]                                                   # (N, 1, D)
-
+        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): for q, k and all heads
         x = self.patch_embed(pixel_values.to(weight.dtype))                                     # (N, C)
-        x = x.unflatten(0, (-1, merge**2))[order.to(x.device)].flatten(0, 1)
+        x = x.unflatten(0, in_groups)[order.to(x.device)].flatten(0, 1)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
         return self.merger(x)[order.argsort().to(x.device)]

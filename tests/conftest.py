@@ -12,12 +12,12 @@ from functools import lru_cache
 
 import pytest
 import torch
+from published import write_processor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from load_weights import LIVE_PREFIXES, load_config
 from model import Qwen2_5_VL
-from published import write_processor
 from vision import eager, sdpa
 
 logging.set_verbosity_error()
@@ -25,10 +25,36 @@ TOLERANCE = 1e-5        # of the largest value, in float32
 IMAGE, VIDEO, START, END, VOCABULARY = 507, 508, 509, 510, 512
 
 
+PARITY = {}             # row of the table that pytest prints last -> (comparisons, largest difference)
+
+
 def distance(ours, theirs):
     """The largest difference, as a share of the largest value."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def assert_close(row, ours, theirs, mask=None, tolerance=TOLERANCE):
+    """Equal but for rounding, where mask is 1; noted in a row of the parity table."""
+    if mask is not None:
+        assert ours.isfinite().all()        # at pads too
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    difference = distance(ours, theirs)
+    assert difference <= tolerance
+    count, largest = PARITY.get(row, (0, 0.0))
+    PARITY[row] = count + 1, max(largest, difference)
+
+
+def assert_equal(row, ours, theirs):
+    """Equal bit for bit: tensors, or anything else that compares."""
+    assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    PARITY[row] = PARITY.get(row, (0, 0.0))[0] + 1, 0.0
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("\n| against Hugging Face or itself | comparisons | largest difference |\n|---|---|---|")
+    for row, (count, largest) in sorted(PARITY.items()):
+        terminalreporter.write_line(f"| {row} | {count} | {f'{largest:.1e}' if largest else 'none, bit for bit'} |")
 
 
 def config_dict(**changes):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TOLERANCE, assert_close, assert_equal, prompts
 from PIL import Image
+from test_model import MIXED_ROWS, ROWS, VIDEO_ROWS
 
 import generate as module
-from conftest import TOLERANCE, distance, prompts
 from generate import choose, generate, main, text_of
-from test_model import MIXED_ROWS, ROWS, VIDEO_ROWS
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,12 +44,12 @@ def test_greedy(pair, rows, penalty, monkeypatch):
     inputs = prompts(rows)
     expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
     tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=32, repetition_penalty=penalty)
-    for step, (a, b) in enumerate(zip(logits, their_logits)):
-        assert distance(a, b) <= TOLERANCE, step
+    for a, b in zip(logits, their_logits):
+        assert_close("logits of 32 greedy steps", a, b)
         first, second = b.topk(2).values.T
         assert penalty > 1 or ((first - second) / b.abs().max()).min() > 100 * TOLERANCE     # no ties that hide or fake
     assert len(logits) == 32 and all(len(row.unique()) >= 12 for row in expected)
-    assert torch.equal(tokens, expected)
+    assert_equal("32 greedy tokens", tokens, expected)
 
 
 @pytest.mark.parametrize("settings", [
@@ -63,7 +63,7 @@ def test_sampling(pairs, rows, settings):
         inputs["input_ids"][inputs["attention_mask"] == 0] = 509
     expected, _ = theirs(pair.hf, inputs, seed=7, **dict(top_k=0, top_p=1.0) | settings)
     tokens, _ = ours(pair.ours, inputs, max_new_tokens=32, seed=7, **settings)
-    assert torch.equal(tokens, expected)
+    assert_equal("32 sampled tokens", tokens, expected)
     assert not torch.equal(tokens, ours(pair.ours, inputs, max_new_tokens=32, seed=8, **settings)[0])
 
 
@@ -77,7 +77,7 @@ def test_cached_decode_equals_full_forward(pair, rows, monkeypatch):
         input_ids=torch.cat((inputs["input_ids"], tokens), 1),
         attention_mask=torch.cat((inputs["attention_mask"], ones), 1),
         mm_token_type_ids=torch.cat((inputs["mm_token_type_ids"], ones.int() * 0), 1)))
-    assert distance(torch.stack(logits, 1), whole[:, -9:-1]) <= TOLERANCE
+    assert_close("itself: chunked and cached = one pass", torch.stack(logits, 1), whole[:, -9:-1])
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -158,8 +158,8 @@ def test_first_command(capsys):
     assert "a " in out and out.endswith(".\n") and out.count("\n") == 1
     named, before, after = err.splitlines()
     assert named == "tiny is asked about assets/demo.png: Describe the image."
-    assert before.startswith("resized to ") and " tokens; weights 0.006 GB, cache 0." in before
-    assert after.startswith("first token after ") and " a second; peak memory " in after
+    assert before.startswith("224x168; ") and " tokens; weights 0.006 GB, cache 0." in before
+    assert after.startswith("first token after ") and " tokens; peak memory " in after
 
 
 def test_flags(capsys, tmp_path):
@@ -173,7 +173,7 @@ def test_flags(capsys, tmp_path):
                  "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-pixels", "20000", "--device", "cpu",
                  "--dtype", "float32", "--attention", "eager", "--no-graph"]) == 0
     out, err = capsys.readouterr()
-    assert "4 frames" in err and "torch.float32 on cpu" in err and ", 5 tokens, then" in err
+    assert "(4 frames)" in err and "torch.float32 on cpu" in err and "; 5 tokens; " in err
 
 
 def test_sampling_flag_overrides_the_checkpoint(capsys):

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import assert_equal, make_pair, prompts, published_names
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from conftest import make_pair, prompts, published_names
 from load_weights import checkpoint, load_config, load_generation_config, load_model
 from model import Qwen2_5_VL
 
@@ -60,7 +60,8 @@ def test_published_names_shapes_and_bytes(size, tmp_path):
         theirs = published_names(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat(size))).state_dict())
     if config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
-    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
+    assert_equal("names and shapes of parameters, 3B to 72B",
+                 {name: p.shape for name, p in ours.items()}, {name: p.shape for name, p in theirs.items()})
     *_, size_in_bytes, tensors = FAMILY[size]
     assert sum(2 * p.numel() for p in ours.values()) == size_in_bytes
     assert tensors in (None, len(ours))

@@ -8,11 +8,12 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import assert_equal
 from PIL import Image, ImageOps
+from published import FIRST_ADDED, NOT_SPECIAL, SPECIAL
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from processing import load_processor, patchify, smart_resize, to_original, to_resized
-from published import FIRST_ADDED, NOT_SPECIAL, SPECIAL
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def test_sizes():
             with pytest.raises(ValueError, match=f"{w}x{h} pixels is longer than 200:1"):
                 smart_resize(h, w, **limits)
         else:
-            assert smart_resize(h, w, **limits) == hf.smart_resize(h, w, **limits)
+            assert_equal("resized sizes", smart_resize(h, w, **limits), hf.smart_resize(h, w, **limits))
 
 
 def test_boxes_in_the_wrong_pixels():
@@ -79,8 +80,8 @@ def assert_same_pixels(processor, source, opened=None):
     theirs = hf.Qwen2VLImageProcessorPil(min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)(
         opened or source, return_tensors="pt")
     ours = processor(user(image(source)))
-    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    assert_equal("pixels and grids", ours["pixel_values"], theirs["pixel_values"])
+    assert_equal("pixels and grids", ours["image_grid_thw"], theirs["image_grid_thw"])
 
 
 @pytest.mark.parametrize("width, height", [(280, 364), (301, 97), (30, 700), (900, 613), (5, 8)])
@@ -149,7 +150,7 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("ask", [True, False])
 def test_prompt_differs_from_the_published_template(published, processor, messages, ask):
     theirs = published[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    assert processor.prompt(messages, add_generation_prompt=ask) == theirs
+    assert_equal("prompts", processor.prompt(messages, add_generation_prompt=ask), theirs)
 
 
 TEXTS = [
@@ -164,7 +165,7 @@ def test_text_tokenized_piecewise(published, processor, words):
     """Ids of the whole prompt as from Hugging Face's tokenizer: template and message text are one run."""
     messages = [{"role": "system", "content": words}, *user(text(words), image(RED), text(words))]
     prompt = processor.prompt(messages).replace("<|image_pad|>", "<|image_pad|>" * 6)
-    assert processor(messages)["input_ids"][0].tolist() == published[1](prompt)["input_ids"]
+    assert_equal("ids", processor(messages)["input_ids"][0].tolist(), published[1](prompt)["input_ids"])
 
 
 def test_ids_of_the_first_prompt(processor):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import IMAGE, VIDEO, assert_equal, config_dict, prompts
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 from transformers.vision_utils import get_vision_position_ids
 
-from conftest import IMAGE, VIDEO, config_dict, prompts
 from rope import mrope_positions, mrope_rotary, rotate, vision_positions, vision_rotary
 
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, merge_size=2, tokens_per_second=2)
@@ -20,14 +20,14 @@ def only_positions(inputs):
 def test_patches_in_raster_order():
     frame = vision_positions(torch.tensor([[1, 4, 4]]), merge_size=2)
     assert (frame[:, 0] * 4 + frame[:, 1]).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert torch.equal(vision_positions(GRIDS, 2), get_vision_position_ids(GRIDS, 2))
+    assert_equal("positions of patches", vision_positions(GRIDS, 2), get_vision_position_ids(GRIDS, 2))
 
 
 def test_rows_and_columns_swapped_in_the_tower():
     rotary = hf.Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).vision_config)
     positions = vision_positions(GRIDS, 2)
     for ours, theirs in zip(vision_rotary(positions, head_dim=40), rotary(torch.zeros(1), positions)):
-        assert torch.equal(ours, theirs)
+        assert_equal("cos and sin, vision", ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,7 +38,7 @@ def test_sections_interleaved(dtype):
     positions = positions.unsqueeze(1).repeat(1, 2, 1)
     theirs = rotary(torch.zeros(1, dtype=dtype), positions)
     for a, b in zip(mrope_rotary(positions, 32, 1e6, (4, 6, 6), dtype), theirs):
-        assert torch.equal(a, b)
+        assert_equal("cos and sin, decoder", a, b)
 
 
 def test_rotary_of_neighbours_instead_of_halves():
@@ -46,7 +46,7 @@ def test_rotary_of_neighbours_instead_of_halves():
     q, k = torch.randn(2, 1, 2, 30, 32, generator=torch.Generator().manual_seed(0))
     for ours, theirs in zip((rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])),
                             hf.apply_rotary_pos_emb(q, k, cos, sin)):
-        assert torch.equal(ours, theirs)
+        assert_equal("rotated queries and keys", ours, theirs)
 
 
 @pytest.mark.parametrize("rows", [
@@ -59,7 +59,7 @@ def test_text_after_a_picture_counts_its_tokens(rows, pairs):
     ours, following = mrope_positions(**inputs, **IDS)
     theirs, deltas = pairs("sdpa").hf.model.get_rope_index(**inputs, mm_token_type_ids=prompts(rows)["mm_token_type_ids"])
     real = inputs["attention_mask"].bool()
-    assert torch.equal(ours[:, real], theirs[:, real])
+    assert_equal("positions of text and pictures", ours[:, real], theirs[:, real])
     assert torch.equal(following, deltas[:, 0] + real.sum(1))
 
 

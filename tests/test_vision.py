@@ -1,13 +1,15 @@
 """The vision tower: windows, frames, items, and that it never waits for the device."""
 
+import copy
+
 import pytest
 import torch
+from conftest import assert_close, assert_equal, media
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 from transformers.vision_utils import get_vision_window_index
 
 import vision
-from conftest import TOLERANCE, distance, media
 from vision import RMSNorm, VisionTransformer, window_order
 
 GRIDS = {
@@ -28,7 +30,7 @@ def seeded(grids):
 def test_windows_left_out_or_not_put_back(pair, grids):
     pixels, grid_thw = seeded(grids)
     theirs = pair.hf.model.visual(pixels, grid_thw=grid_thw).pooler_output
-    assert distance(pair.ours.visual(pixels, grid_thw), theirs) <= TOLERANCE
+    assert_close("vision tower", pair.ours.visual(pixels, grid_thw), theirs)
 
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
@@ -38,7 +40,8 @@ def test_window_membership(grids):
     sizes = [patches // 4 for frames, runs in layouts for _ in range(frames) for n, patches in runs for _ in range(n)]
     theirs, ends = get_vision_window_index(torch.tensor(grids), spatial_merge_size=2, window_size=112, patch_size=14)
     their_sizes = (ends.diff() // 4).tolist()
-    assert {frozenset(w.tolist()) for w in order.split(sizes)} == {frozenset(w.tolist()) for w in theirs.split(their_sizes)}
+    members = lambda order, sizes: {frozenset(window.tolist()) for window in order.split(sizes)}
+    assert_equal("members of windows", members(order, sizes), members(theirs, their_sizes))
     assert all(len(runs) <= 4 for _, runs in layouts)
     frames = [h * w // 4 for t, h, w in grids for _ in range(t)]
     for frame, start in zip(order.split(frames), torch.tensor([0, *frames]).cumsum(0)):
@@ -48,14 +51,14 @@ def test_window_membership(grids):
 def test_items_see_each_other(pair):
     pixels, grid_thw = seeded([(1, 20, 26), (2, 18, 6)])
     both, n = pair.ours.visual(pixels, grid_thw), 20 * 26
-    assert distance(both[:n // 4], pair.ours.visual(pixels[:n], grid_thw[:1])) <= TOLERANCE
-    assert distance(both[n // 4:], pair.ours.visual(pixels[n:], grid_thw[1:])) <= TOLERANCE
+    assert_close("itself: items together = alone", both[:n // 4], pair.ours.visual(pixels[:n], grid_thw[:1]))
+    assert_close("itself: items together = alone", both[n // 4:], pair.ours.visual(pixels[n:], grid_thw[1:]))
 
 
 def test_frames_see_each_other(pair):
     pixels, grid_thw = seeded([(3, 10, 18)])
     alone = [pair.ours.visual(frame, torch.tensor([[1, 10, 18]])) for frame in pixels.split(180)]
-    assert distance(pair.ours.visual(pixels, grid_thw), torch.cat(alone)) <= TOLERANCE
+    assert_close("itself: frames together = alone", pair.ours.visual(pixels, grid_thw), torch.cat(alone))
 
 
 def test_windows_one_call_each(pairs, monkeypatch):
@@ -78,21 +81,16 @@ def test_norm_multiplies_by_the_weight_before_casting_back():
     for eps in (1e-6, 1e-2):
         ours, theirs = RMSNorm(160, eps).bfloat16(), hf.Qwen2_5_VLRMSNorm(160, eps).bfloat16()
         ours.weight.data = theirs.weight.data = weight
-        assert torch.equal(ours(x), theirs(x))
+        assert_equal("RMSNorm in bfloat16", ours(x), theirs(x))
 
 
 def test_tower_in_bfloat16_rotates_in_float32(pairs):
     """Against the float32 tower, ours in bfloat16 is as near as Hugging Face's: angles in bfloat16 would be far off."""
     pixels, grid_thw = seeded([(1, 60, 62)])
     exact = pairs("sdpa").ours.visual(pixels, grid_thw)
-    ours, theirs = VisionTransformer(pairs("sdpa").ours.visual.config), pairs("sdpa").hf.model.visual
-    ours.load_state_dict(pairs("sdpa").ours.visual.state_dict())
-    error = (ours.bfloat16()(pixels, grid_thw).float() - exact).pow(2).mean()
-    try:
-        their_error = (theirs.bfloat16()(pixels.bfloat16(), grid_thw=grid_thw).pooler_output.float() - exact).pow(2).mean()
-    finally:
-        theirs.float()
-        theirs.load_state_dict(pairs("sdpa").ours.visual.state_dict())
+    ours = copy.deepcopy(pairs("sdpa").ours.visual).bfloat16()(pixels, grid_thw)
+    theirs = copy.deepcopy(pairs("sdpa").hf.model.visual).bfloat16()(pixels.bfloat16(), grid_thw=grid_thw)
+    error, their_error = ((x.float() - exact).pow(2).mean() for x in (ours, theirs.pooler_output))
     assert error <= 1.1 * their_error
 
 

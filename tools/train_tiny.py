@@ -21,9 +21,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vision
-from load_weights import load_config, load_model
+from load_weights import load_config
 from model import Qwen2_5_VL
-from processing import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Processor, load_processor
+from processing import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Processor,
+    load_processor,
+)
 
 COLORS = dict(
     red=(215, 40, 40), green=(40, 160, 60), blue=(45, 75, 215), yellow=(230, 205, 40), purple=(140, 55, 175),
@@ -208,13 +217,13 @@ def make_checkpoint(path: Path) -> None:
         vision_token_id=ids["<|vision_pad|>"], image_token_id=ids[IMAGE_PAD], video_token_id=ids[VIDEO_PAD],
         hidden_act="silu", hidden_size=192, initializer_range=0.02, intermediate_size=384,
         max_position_embeddings=32768, max_window_layers=5, model_type="qwen2_5_vl", num_attention_heads=6,
-        num_hidden_layers=5, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768,
+        num_hidden_layers=5, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=100.0, sliding_window=32768,
         tie_word_embeddings=True, torch_dtype="bfloat16", use_cache=True, use_sliding_window=False,
         vision_config=dict(
             depth=4, hidden_act="silu", hidden_size=128, intermediate_size=288, num_heads=4, in_chans=3,
             out_hidden_size=192, patch_size=14, spatial_merge_size=2, spatial_patch_size=14, window_size=112,
             fullatt_block_indexes=[1, 3], tokens_per_second=2, temporal_patch_size=2),
-        rope_scaling=dict(type="mrope", mrope_section=[4, 6, 6]), vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
+        rope_scaling=dict(type="mrope", mrope_section=[2, 5, 9]), vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
     )
     pixels = dict(
         min_pixels=112 * 112, max_pixels=224 * 224, patch_size=14, temporal_patch_size=2, merge_size=2,
