@@ -1,8 +1,8 @@
 """Logits become text: choosing tokens, the loop, the CUDA graph, and the command line.
 
-Read from the top: how a token is chosen, one decoding step, the loop around it; then how ids become text while they
-come, and `main`. The loop knows no tokenizer. Two counters run through it side by side: the slot in the cache,
-which counts tokens, and the MRoPE position, which a picture moves on by less than its tokens.
+Read from the top: how a token is chosen, one decoding step, the loop around it; then how ids become text as
+they come, and `main`. The loop knows no tokenizer. Two counters run through it side by side: the slot in the
+cache, which counts tokens, and the MRoPE position, which a picture moves on by less than its tokens.
 
 Next: load_weights.py. Shapes: B batch, T prompt tokens.
 """
@@ -55,7 +55,9 @@ def choose(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def decode_step(model: Qwen2_5_VL, token: Tensor, position: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+def decode_step(
+    model: Qwen2_5_VL, token: Tensor, position: Tensor, mask: Tensor | None, cache: KVCache
+) -> Tensor:
     """Logits (B, vocab) after one more token (B, 1) in every row; moves position (B, 1) on, in place.
 
     Everything stays on the device and no value is looked at, so that the step can be captured.
@@ -69,12 +71,12 @@ def decode_step(model: Qwen2_5_VL, token: Tensor, position: Tensor, mask: Tensor
 def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
     """`step` as a CUDA graph: the same kernels at the same addresses, launched all at once.
 
-    One token of the 7B takes about a thousand kernels. Launching them from Python one by one takes the host longer
-    than the card needs to run them. The cache must be empty, and is so again afterwards.
+    One token of the 7B takes about a thousand kernels, and launching them from Python one by one takes the
+    host longer than the card needs to run them. The cache must be empty, and is so again afterwards.
     """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):          # a few runs first: at their first call libraries allocate and choose
+    with torch.cuda.stream(aside):          # a few runs first: in their first call libraries allocate
         for _ in range(3):
             cache.clear()
             step()
@@ -106,12 +108,13 @@ def generate(
     pad_token_id: int = 0,
     graph: bool | None = None,
 ) -> Iterator[Tensor]:
-    """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos included.
+    """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, with eos.
 
     A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
-    max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty concerns the
-    ids of prompt and answer, not pads. graph: replay a CUDA graph for each token (None: where there is CUDA).
-    Raises ValueError for settings without sense, and where prompt and answer exceed the model's context.
+    max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty
+    concerns the ids of prompt and answer, not pads. graph: replay a CUDA graph for each token (None: where
+    there is CUDA). HF: GenerationMixin.generate.
+    Raises ValueError for settings without sense, and where prompt and answer exceed the context.
     """
     input_ids = inputs["input_ids"]
     (B, T), limit = input_ids.shape, model.config.max_position_embeddings
@@ -122,17 +125,19 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: must be above 0 and at most 1")
     if T + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {limit}; "
-                         "use fewer new tokens, or fewer or smaller pictures")
+        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of "
+                         f"{limit}: use fewer new tokens, or fewer or smaller pictures")
 
     # Grids stay on the CPU: the vision tower cuts its windows by them and so never waits for the device.
     grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
-    attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids))
+    attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
     position_ids, next_position = model.positions(
         input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
     device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
-    pixels = {name: inputs[name].to(device) for name in ("pixel_values", "pixel_values_videos") if name in inputs}
-    input_ids, position_ids, position = input_ids.to(device), position_ids.to(device), next_position[:, None].to(device)
+    pixels = ("pixel_values", "pixel_values_videos")
+    pixels = {name: inputs[name].to(device) for name in pixels if name in inputs}
+    input_ids, position_ids = input_ids.to(device), position_ids.to(device)
+    token, position = torch.zeros_like(input_ids[:, :1]), next_position[:, None].to(device)     # (B, 1) each
 
     unpadded = bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1).to(device)
@@ -140,14 +145,14 @@ def generate(
     seen = seen.scatter_add(1, input_ids, mask[:, :T]) > 0          # pads have not been said
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = KVCache(model.config, B, T + max_new_tokens, device, dtype)
-    token = torch.zeros(B, 1, dtype=torch.int64, device=device)
 
     if graph or (graph is None and device.type == "cuda"):      # before the prompt, whose place it runs over
         first = position.clone()
         step = capture(lambda: decode_step(model, token, position, mask, cache), cache)
         position.copy_(first)
     else:
-        step = lambda: decode_step(model, token, position, None if unpadded else mask[:, :cache.length + 1], cache)
+        step = lambda: decode_step(
+            model, token, position, None if unpadded else mask[:, :cache.length + 1], cache)
 
     x = model.embed(input_ids, **pixels, **grids)
     logits = model.decode(x, position_ids, None if unpadded else mask[:, :T], cache, last_only=True)[:, -1]
@@ -169,7 +174,7 @@ def generate(
 
 # ---------------------------------------------------------------------------- text, as it comes
 
-# What a terminal would obey instead of show: control characters but tab and newline, and changes of direction.
+# What a terminal obeys instead of showing it: control characters but tab and newline, changes of direction.
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -219,13 +224,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="generate.py", allow_abbrev=False, description="Ask Qwen2.5-VL about pictures and videos. "
-                    "Without arguments the tiny checkpoint describes the demo picture. Only the answer goes to stdout.")
+    parser = Parser(prog="generate.py", allow_abbrev=False, description="Ask Qwen2.5-VL about pictures and "
+                    "videos; without arguments the tiny checkpoint describes the demo picture.")
     add = parser.add_argument
     add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable, in order")
     add("--video", metavar="PATH", help="a folder of frames (with --fps) or an animated GIF, WebP or PNG")
-    add("--fps", type=float, help="frames a second, of a folder as taken, of an animation to sample (default: 2)")
+    add("--fps", type=float, help="frames a second: of a folder as taken, of an animation to sample")
     add("--prompt", help=f"the question; - reads stdin (default: {DEMO_PROMPT!r})")
     add("--system", help="the system prompt (default: the template's)")
     add("--max-new-tokens", type=int, default=256, metavar="N")
@@ -270,19 +275,22 @@ def run(args: argparse.Namespace) -> None:
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         model = load_model(path, args.device, dtype, args.attention)
     settings = load_generation_config(path)
-    settings |= {name: getattr(args, name) for name in ("temperature", "top_p", "seed") if getattr(args, name) is not None}
+    given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    settings |= {name: value for name, value in given.items() if value is not None}
 
     weight, T, side = model.model.norm.weight, inputs["input_ids"].shape[1], processor.patch_size
-    sizes = [f"{w * side}x{h * side}" + (f" ({t * processor.temporal_patch_size} frames)" if t > 1 else "")
-             for name in ("image_grid_thw", "video_grid_thw") if name in inputs for t, h, w in inputs[name].tolist()]
-    stored = KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype)
-    note(f"{', '.join(sizes) or 'no picture'}; {T} tokens; weights {sum(p.nbytes for p in model.parameters()) / 1e9:.3f}"
-         f" GB, cache {2 * stored.k.nbytes / 1e9:.3f} GB, {weight.dtype} on {weight.device}")
+    grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
+    sizes = ", ".join(f"{w * side}x{h * side}" + (f" in {t} steps" if t > 1 else "") for t, h, w in grids)
+    weights = sum(p.nbytes for p in model.parameters())
+    stored = 2 * KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype).k.nbytes
+    note(f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, cache {stored / 1e9:.3f} GB, "
+         f"{weight.dtype} on {weight.device}")
 
     times = [time.perf_counter()]
 
     def tokens() -> Iterator[int]:
-        steps = generate(model, inputs, args.max_new_tokens, **settings, graph=False if args.no_graph else None)
+        graph = False if args.no_graph else None
+        steps = generate(model, inputs, args.max_new_tokens, **settings, graph=graph)
         with progress("reading"):
             first = next(steps)
         for ids in chain([first], steps):
@@ -312,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         run(parse(argv))
         return 0
     except torch.OutOfMemoryError:
-        print("error: out of memory; use --max-pixels for smaller pictures, or --dtype bfloat16", file=sys.stderr)
+        print("error: out of memory; use a smaller --max-pixels or --dtype bfloat16", file=sys.stderr)
         return 2
     except BrokenPipeError:                         # the reader has seen enough, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,10 @@
 """A checkpoint becomes a model: three dialects of config.json, safetensors, strict names.
 
-Read from the top: where the checkpoint is, what its config.json says, which tensors it holds, and how they are
-put into the model: memory-mapped, without a copy, and only if every one of them fits. This is the last of the six.
+Read from the top: where the checkpoint is, what its config.json says, which tensors it holds, and how they
+get into the model: mapped into memory, without a copy, and only if every one of them fits. The last file.
 """
 
-import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,132 +13,120 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import Config, Qwen2_5_VL
+from processing import read_json
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# Where a key is missing, the value that all published checkpoints share. (Hugging Face's class defaults differ, and
-# the published 32B leaves out its window size and which blocks are full.) Sizes have no such value: they are required.
-PUBLISHED_TEXT = dict(
+# What all published checkpoints share, for keys that a config.json leaves out: the 32B's has neither a window
+# size nor the blocks that are full. (The defaults of Hugging Face's classes differ.) Sizes have no such
+# value.
+SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=[16, 24, 24], max_position_embeddings=128000,
-    tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
-    vision_start_token_id=151652, vision_end_token_id=151653,
+    tie_word_embeddings=False, image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
+    vision_end_token_id=151653,
 )
-PUBLISHED_VISION = dict(
-    depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
-    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
+SHARED_VISION = dict(
+    depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
+    window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
 )
 
-# Names in files written from Hugging Face's live module, and the published ones that save_pretrained writes.
-LIVE_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+# Names in files written from Hugging Face's live module -> the published ones, which save_pretrained writes.
+PUBLISHED_PREFIX = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 def checkpoint(name: str | Path) -> Path:
-    """The directory of a checkpoint: `name` itself, or a hub id, downloaded once (safetensors and JSON files only).
+    """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once (safetensors and
+    JSON).
 
     Raises OSError where there is neither.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
         raise OSError(f"{name}: no such directory; give a checkpoint's directory or a hub id like "
                       "Qwen/Qwen2.5-VL-3B-Instruct")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{name}: neither a directory here nor to be had from the hub ({reason}); "
-                      "check the name and the network") from error
+        raise OSError(f"{name}: neither a directory here nor to be had from the hub; check the name and the "
+                      f"network ({reason})") from error
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises OSError where it is missing, ValueError where it is broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; download it again")
-    return content
-
+# ---------------------------------------------------------------------------- config
 
 def load_config(path: str | Path) -> Config:
-    """The config of a checkpoint directory, from any dialect: flat, flat and sparse, or nested under text_config.
+    """The config of a checkpoint directory, in any dialect: flat, flat and sparse, or nested under
+    text_config.
 
-    Raises ValueError for what this implementation does not compute: other models, activations, quantised weights,
-    sliding windows, scaled rotaries.
+    Raises OSError where it is missing, and ValueError where it is broken or asks for what is not computed
+    here: other models and activations, quantised weights, sliding windows, scaled rotaries, sizes that don't
+    divide.
     """
     path = Path(path) / "config.json"
     top = read_json(path)
-    text, vision = top | top.get("text_config", {}), top.get("vision_config", {})
+    vision, text = top.get("vision_config") or {}, top | (top.get("text_config") or {})
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    vision = {"in_chans": vision.get("in_channels")} | vision
 
-    def refuse(what: str) -> None:
-        raise ValueError(f"{path}: {what} is not supported; use a published Qwen2.5-VL checkpoint in bfloat16")
+    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default", "mrope"}
+    activations = {text.get("hidden_act", "silu"), vision.get("hidden_act", "silu")} - {"silu"}
+    quantised = top.get("quantization_config") or {}
+    for refused, what in (
+        (top.get("model_type") != "qwen2_5_vl", f"model_type {top.get('model_type')!r}"),
+        (quantised, f"quantisation ({quantised.get('quant_method', 'unnamed')})"),
+        (text.get("use_sliding_window"), "use_sliding_window"),
+        (kinds, f"rope scaling of type {', '.join(kinds)}"),
+        (activations, f"activation {', '.join(activations)}"),
+    ):
+        if refused:
+            raise ValueError(f"{path}: {what} is not supported; use a published Qwen2.5-VL checkpoint")
 
-    if top.get("model_type") != "qwen2_5_vl":
-        refuse(f"model_type {top.get('model_type')!r}")
-    if "quantization_config" in top:
-        refuse(f"quantisation ({top['quantization_config'].get('quant_method', 'unnamed')})")
-    if text.get("use_sliding_window"):
-        refuse("use_sliding_window")
-    for kind in {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default", "mrope"}:
-        refuse(f"rope scaling of type {kind!r}")
-    for activation in {text.get("hidden_act", "silu"), vision.get("hidden_act", "silu")} - {"silu"}:
-        refuse(f"activation {activation!r}")
-
-    vision = {"in_chans": vision["in_channels"]} | vision if "in_channels" in vision else vision
-    text = text | {key: rope[key] for key in ("rope_theta", "mrope_section") if key in rope}
-    text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
-
-    def build(cls: type, given: dict, published: dict, **more: VisionConfig):
-        fields = {}
-        for name in cls.__dataclass_fields__.keys() - more.keys():
-            value = given.get(name, published.get(name))
+    def build(cls: type, given: dict, shared: dict, **more: VisionConfig) -> Config | VisionConfig:
+        values = {}
+        for name in {field.name for field in fields(cls)} - more.keys():
+            value = shared.get(name) if given.get(name) is None else given[name]
             if value is None:
-                raise ValueError(f"{path}: no {name} for {cls.__name__}, and no published value to fall back on")
-            fields[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**fields, **more)
+                raise ValueError(f"{path}: no {name} for the {cls.__name__}; download it again")
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values, **more)
 
-    config = build(Config, text, PUBLISHED_TEXT, vision=build(VisionConfig, vision, PUBLISHED_VISION))
-    check_sizes(config, path)
+    config = build(Config, text, SHARED, vision=build(VisionConfig, vision, SHARED_VISION))
+    tower, group = config.vision, config.vision.patch_size * config.vision.spatial_merge_size
+    for size, part, what in (
+        (config.hidden_size, config.num_attention_heads, "hidden_size in num_attention_heads"),
+        (config.num_attention_heads, config.num_key_value_heads, "query heads in num_key_value_heads"),
+        (config.head_dim, 2 * sum(config.mrope_section), "half of head_dim in mrope_section"),
+        (tower.hidden_size, 4 * tower.num_heads, "vision hidden_size in 4 x num_heads"),
+        (tower.window_size, group, "window_size in merge groups"),
+        (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size in hidden_size"),
+    ):
+        if size % part != 0:
+            raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not")
     return config
 
 
-def check_sizes(config: Config, path: Path) -> None:
-    """Raises ValueError for sizes that don't divide."""
-    vision = config.vision
-    for name, size, by in (
-        ("hidden_size by num_attention_heads", config.hidden_size, config.num_attention_heads),
-        ("num_attention_heads by num_key_value_heads", config.num_attention_heads, config.num_key_value_heads),
-        ("head_dim / 2 by the sum of mrope_section", config.head_dim // 2, sum(config.mrope_section)),
-        ("vision hidden_size by 4 x num_heads", vision.hidden_size, 4 * vision.num_heads),
-        ("window_size by the side of a merge group", vision.window_size, vision.patch_size * vision.spatial_merge_size),
-    ):
-        if size % by != 0:
-            raise ValueError(f"{path}: {name} must divide evenly, got {size} / {by}")
-    if vision.out_hidden_size != config.hidden_size:
-        raise ValueError(f"{path}: vision out_hidden_size {vision.out_hidden_size} must equal the decoder's "
-                         f"hidden_size {config.hidden_size}")
-
-
 def load_generation_config(path: str | Path) -> dict:
-    """The arguments of `generate` that make it answer as Hugging Face does by default with this checkpoint."""
-    config_path = Path(path) / "generation_config.json"
-    saved = read_json(config_path) if config_path.exists() else {}
-    sampled = saved.get("do_sample") and saved.get("temperature", 1.0) >= 1e-5      # below, sampling is argmax
+    """The arguments of `generate` with which it answers as Hugging Face does by default for this checkpoint.
+    """
+    path = Path(path) / "generation_config.json"
+    saved = read_json(path) if path.exists() else {}
     settings = dict(
-        temperature=saved.get("temperature", 1.0) if sampled else 0.0,
-        repetition_penalty=saved.get("repetition_penalty") or 1.0,
-        eos_token_id=saved.get("eos_token_id", ()),
-        pad_token_id=saved.get("pad_token_id") or 0,
+        temperature=0.0, repetition_penalty=saved.get("repetition_penalty") or 1.0,
+        eos_token_id=saved.get("eos_token_id") or (), pad_token_id=saved.get("pad_token_id") or 0,
     )
-    if sampled:
-        settings |= {key: saved[key] for key in ("top_k", "top_p") if saved.get(key) is not None}
+    if saved.get("do_sample"):
+        settings |= {"temperature": 1.0} | {
+            name: saved[name] for name in ("temperature", "top_k", "top_p") if saved.get(name) is not None}
     return settings
 
+
+# ---------------------------------------------------------------------------- weights
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
@@ -148,42 +136,61 @@ def weight_files(path: Path) -> list[Path]:
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index}: names {outside[0]}, which is not a file beside it; download it again")
+            raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
         if absent := [name for name in names if not (path / name).exists()]:
-            raise OSError(f"{path}: the shards {', '.join(absent)} are missing; download them")
+            raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
         return [path / name for name in names]
     if (path / "adapter_config.json").exists():
-        raise ValueError(f"{path}: holds a LoRA adapter only; merge it into its base model and save that")
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")):
-        raise ValueError(f"{path}: has only pickled weights ({pickles[0]}), which can run code when opened; "
+        raise ValueError(f"{path}: a LoRA adapter only; merge it into its base model and save that")
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
+        raise ValueError(f"{path}: only pickled weights ({pickles[0]}), which can run code when opened; "
                          "convert them to safetensors")
-    raise OSError(f"{path}: no model.safetensors and no model.safetensors.index.json; is the download complete?")
+    raise OSError(f"{path}: neither model.safetensors nor an index of shards; is the download complete?")
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a checkpoint under their published names; on the CPU they are views of the mapped files."""
+    """The tensors of a checkpoint by their published names, on the device; on the CPU views of the mapped
+    files.
+    """
     weights = {}
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
-                    published = name
-                    for live, prefix in LIVE_PREFIXES.items():
-                        published = prefix + name.removeprefix(live) if name.startswith(live) else published
+                    prefix = next((live for live in PUBLISHED_PREFIX if name.startswith(live)), "")
+                    published = PUBLISHED_PREFIX.get(prefix, "") + name.removeprefix(prefix)
                     weights[published] = tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     return weights
 
 
+def check_names_and_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError that names the tensors which are missing, left over, or of another shape."""
+    missing = sorted(expected.keys() - weights.keys())
+    extra = sorted(weights.keys() - expected.keys())
+    misshapen = [f"{name} {tuple(weights[name].shape)} (not {tuple(tensor.shape)})"
+                 for name, tensor in expected.items()
+                 if name in weights and weights[name].shape != tensor.shape]
+    for names, what in ((missing, "are missing"), (extra, "are not part of this model"),
+                        (misshapen, "have another shape than config.json says")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{path}: tensors {what}: {', '.join(names[:5])}{more}; "
+                             "do config.json and the weights belong together?")
+
+
 def load_model(
-    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", attention: str = "sdpa"
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attention: str = "sdpa",
 ) -> Qwen2_5_VL:
-    """A checkpoint's model, ready to answer: in eval mode and without gradients.
+    """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
     path: a directory or hub id. device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is the
     checkpoint's own, else torch.bfloat16 or torch.float32. attention: "sdpa" or "eager".
-    Raises ValueError or OSError, naming every tensor that is missing, left over or of another shape than the config says.
+    Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
@@ -195,29 +202,18 @@ def load_model(
         raise ValueError(f"device {device}: torch knows none of this name; use cuda or cpu") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device}: this torch finds no CUDA here; use cpu")
-    with torch.device("meta"):
+
+    with torch.device("meta"):      # shapes only: the weights themselves come from the files
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
     weights = read_weights(path, device)
-
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
-            raise ValueError(f"{path}: config.json ties the head to the embedding, but lm_head.weight differs from "
-                             "model.embed_tokens.weight; set tie_word_embeddings to false or drop lm_head.weight")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for problem, names in (
-        ("are missing", sorted(expected.keys() - found.keys())),
-        ("are not part of this model", sorted(found.keys() - expected.keys())),
-        ("have another shape than config.json says",
-         [f"{name} {found[name]} (not {shape})" for name, shape in expected.items() if found.get(name, shape) != shape]),
-    ):
-        if names:
-            raise ValueError(f"{path}: {len(names)} tensors {problem}: {', '.join(names[:5])}"
-                             f"{' ...' if len(names) > 5 else ''}")
-
+            raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
+                             "model.embed_tokens.weight; unset it or drop lm_head.weight")
+    check_names_and_shapes(model.state_dict(), weights, path)
     dtype = weights["model.embed_tokens.weight"].dtype if dtype == "auto" else dtype
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{dtype} is not supported: float16 overflows in the vision tower; "
-                         "use bfloat16 or float32")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+        raise ValueError(f"{dtype}: float16 overflows in the vision tower; use bfloat16 or float32")
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -7,9 +7,9 @@ A forward pass, with the sizes of one 448 x 672 picture and the 7B:
                                -- rope.mrope_positions -->      position_ids (3, 1, T)
     x, position_ids            -- decode, 28 layers -->         logits (1, T, 152064)
 
-Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many tokens
-the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No module
-stores a position.
+Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many
+tokens the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No
+module stores a position.
 
 Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: generate.py
 
@@ -50,7 +50,7 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
 
-Store = tuple[Tensor, Tensor, Tensor]   # of one layer: slots (T,), and the keys and values to write into there
+Store = tuple[Tensor, Tensor, Tensor]   # of one layer: slots (T,), and keys and values to write into there
 
 
 class KVCache:
@@ -59,7 +59,8 @@ class KVCache:
     def __init__(
         self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
+        layers, key_heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch_size, key_heads, max_tokens, config.head_dim)
         # Zeros, because slots that are masked out enter the product all the same, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -74,8 +75,8 @@ class KVCache:
         """The slots (T,) of the next T tokens. Raises ValueError where there are not so many."""
         max_tokens = self.k.shape[3]
         if self.length + T > max_tokens:
-            raise ValueError(f"the cache is full: it holds {self.length} of at most {max_tokens} tokens and {T} more "
-                             "were given; make it with a larger max_tokens")
+            raise ValueError(f"the cache is full: it holds {self.length} of at most {max_tokens} tokens and "
+                             f"{T} more were given; make it with a larger max_tokens")
         slots = self.end + torch.arange(T, device=self.end.device)
         self.length += T
         self.end += T
@@ -128,8 +129,8 @@ class DecoderLayer(nn.Module):
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or very negative.
 
-    By order in the sequence and never by position: a picture's tokens repeat and precede each other's positions.
-    The lowest finite number and not -inf, because the softmax of a pad that sees nothing would be NaN.
+    By order in the sequence and never by position: inside a picture positions repeat and fall back. The
+    lowest finite number and not -inf, because the softmax of a pad that sees nothing would be NaN.
     """
     visible = (torch.arange(S, device=slots.device) <= slots[:, None])[None, None]
     if attention_mask is not None:
@@ -165,8 +166,8 @@ class Qwen2_5_VL(nn.Module):
         return mrope_positions(
             input_ids, image_token_id=config.image_token_id, video_token_id=config.video_token_id,
             merge_size=config.vision.spatial_merge_size, tokens_per_second=config.vision.tokens_per_second,
-            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, second_per_grid_ts=second_per_grid_ts,
-            attention_mask=attention_mask,
+            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts, attention_mask=attention_mask,
         )
 
     def embed(
@@ -177,7 +178,7 @@ class Qwen2_5_VL(nn.Module):
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """Token embeddings (B, T, C), with vision tokens at the placeholders of the given pictures and videos.
+        """Token embeddings (B, T, C), with vision tokens at the placeholders of pictures and videos.
 
         input_ids: (B, T) int64; pixels: (N, 1176) floats; grids: (items, 3) int64, best on the CPU.
         Raises ValueError where placeholders and vision tokens differ in number.
@@ -192,7 +193,8 @@ class Qwen2_5_VL(nn.Module):
                 tokens = self.visual(pixels, grid_thw).to(x.dtype)
                 here = input_ids == placeholder
                 if here.sum() != len(tokens):
-                    raise ValueError(f"the prompt has {here.sum()} placeholders for {what}, which take {len(tokens)}")
+                    raise ValueError(
+                        f"the prompt has {here.sum()} placeholders for {what}, which take {len(tokens)}")
                 x = x.masked_scatter(here[:, :, None], tokens)
         return x
 
@@ -204,10 +206,12 @@ class Qwen2_5_VL(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, vocab) of T new tokens, after what the cache holds; last_only: (B, 1, vocab) of the last.
+        """Logits (B, T, vocab) of T new tokens, which follow those that the cache holds.
 
-        x: (B, T, C); position_ids: (3, B, T). attention_mask: (B, S) over stored and new tokens, 1 real, 0 pad; it
-        may be longer, slots ahead are not looked at. Logits at pads are finite and mean nothing.
+        x: (B, T, C); position_ids: (3, B, T). attention_mask: (B, S) over stored and new tokens, 1 real and
+        0 pad; slots ahead may be in it and are not looked at. Logits at pads are finite and mean nothing.
+        last_only: logits of the last token alone, (B, 1, vocab).
+        Raises ValueError where the cache is too small.
         """
         config, T = self.config, x.shape[1]
         slots = torch.arange(T, device=x.device) if cache is None else cache.reserve(T)
@@ -220,8 +224,9 @@ class Qwen2_5_VL(nn.Module):
         else:       # a single new token sees all there is
             mask = None if T == 1 else causal_mask(slots, S, None, x.dtype)
 
-        cos, sin = mrope_rotary(position_ids, config.head_dim, config.rope_theta, config.mrope_section, x.dtype)
-        cos, sin = cos[:, None], sin[:, None]                                       # (B, 1, T, D), for all heads
+        cos, sin = mrope_rotary(
+            position_ids, config.head_dim, config.rope_theta, config.mrope_section, x.dtype)
+        cos, sin = cos[:, None], sin[:, None]                                   # (B, 1, T, D), for all heads
         stores = [None] * config.num_hidden_layers if cache is None else cache.stores(slots, S)
         for layer, store in zip(self.model.layers, stores):
             x = layer(x, cos, sin, mask, store)

@@ -1,11 +1,11 @@
-"""A conversation becomes tensors: pictures are resized and cut into patches, the chat template is filled in, text is
-tokenized. Start here: this is the first of the six files.
+"""A conversation becomes tensors: pictures are resized and cut into patches, the chat template is filled in,
+text is tokenized. Start here: this is the first of the six files.
 
-Read from the top: sizes, patches, the conversation as a list of parts, the processor that makes tensors of them. Opening
-pictures and frames comes last and can be skipped.
+Read from the top: sizes, patches, the conversation as a list of parts, the processor that makes tensors of
+them. Opening pictures and frames comes last and can be skipped.
 
-Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and frame rates, Qwen2-VL (2409.12191)
-section 2.1. Next: rope.py
+Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and frame rates, Qwen2-VL
+(2409.12191) section 2.1. Next: rope.py
 """
 
 import json
@@ -34,7 +34,7 @@ VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # nine tenths of the longest con
 VIDEO_FPS, VIDEO_MIN_FRAMES, VIDEO_MAX_FRAMES = 2.0, 4, 768
 
 # Control tokens of the chat template.
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -42,8 +42,9 @@ ROLES = ("system", "user", "assistant")
 FORM = ('write [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
         '{"type": "text", "text": "What is this?"}]}]')
 
-Size = tuple[int, int]      # height, width in pixels
-Box = Sequence[float]       # x1, y1, x2, y2 in pixels
+Size = tuple[int, int]          # height, width in pixels
+Box = Sequence[float]           # x1, y1, x2, y2 in pixels
+Grid = tuple[int, int, int]     # time, rows, columns in patches
 
 
 # ---------------------------------------------------------------------------- sizes and patches
@@ -51,7 +52,8 @@ Box = Sequence[float]       # x1, y1, x2, y2 in pixels
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> Size:
-    """The (height, width) to resize to: multiples of factor, between min_pixels and max_pixels, aspect ratio kept.
+    """The (height, width) to resize to: multiples of factor, between min_pixels and max_pixels, aspect ratio
+    kept.
 
     Rounds half to even (70 -> 56). Very long pictures may end above max_pixels: no side goes below factor.
     Raises ValueError above an aspect ratio of 200. HF: smart_resize.
@@ -71,7 +73,9 @@ def smart_resize(
 
 
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
-    """A box of an answer, in pixels of the resized picture, in pixels of the original one. Sizes: (height, width)."""
+    """A box of an answer, in pixels of the resized picture, in pixels of the original one. Sizes: (height,
+    width).
+    """
     y, x = original[0] / resized[0], original[1] / resized[1]
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
@@ -81,16 +85,16 @@ def to_resized(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
     return to_original(box, resized=original, original=resized)
 
 
-def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Cut (F, H, W, 3) into patch rows (N, 3 * temporal_patch * patch * patch) and the grid (t, h, w) in patches.
+def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) -> tuple[np.ndarray, Grid]:
+    """Cut frames (F, H, W, 3) into patch rows (N, 3 * temporal_patch * patch * patch); also gives the grid.
 
-    A row is one patch: channel, frame, y, x. The rows of a merge group are neighbours, groups in reading order.
+    A row is one patch: channel, frame, y, x. Rows of a merge group are neighbours, groups in reading order.
     Where F is no multiple of temporal_patch the last frame is repeated: a still picture is its frame twice.
     """
     frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % temporal_patch, axis=0)])
     t, h, w = len(frames) // temporal_patch, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, temporal_patch, h // merge, merge, patch, w // merge, merge, patch, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)      # t, group row, group column, row, column, channel, frame, y, x
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, group row, its column, row, column, channel, frame, y, x
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
@@ -98,63 +102,82 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
 
 @dataclass
 class Part:
-    """One piece of a prompt: a control token, a run of text, or a picture or video."""
+    """One piece of a prompt."""
     kind: str                   # "control", "text", "image" or "video"
-    text: str = ""              # what the template writes for it
-    item: dict | None = None    # the item of the message, for pictures and videos
+    text: str                   # what the template writes: a control token, a run of text, a placeholder
+    item: dict | None = None    # the message's item, for pictures and videos
 
 
 def conversation(messages: list[dict], add_generation_prompt: bool) -> list[Part]:
-    """The chat template. What a user types stays a "text" part and so can never become a control token."""
+    """The chat template. What a user types is a "text" part, and so can never become a control token.
+
+    Neighbouring text is one part, the template's own included: tokenized piecewise it would give other ids.
+    """
+    parts = []
+
+    def add(kind: str, text: str, item: dict | None = None) -> None:
+        if kind == "text" and parts and parts[-1].kind == "text":
+            parts[-1].text += text
+        else:
+            parts.append(Part(kind, text, item))
+
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"a conversation is a list of messages; {FORM}")
     if messages[0].get("role") != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
-    parts = []
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}: use one of {', '.join(ROLES)}; {FORM}")
-        parts += [Part("control", IM_START), Part("text", f"{role}\n")]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, list):
-            raise ValueError(f"the content of a message is a string or a list, not {type(content).__name__}; {FORM}")
-        for item in content:
-            parts += content_parts(item)
-        parts += [Part("control", IM_END), Part("text", "\n")]
+        if not isinstance(content, str | list):
+            raise ValueError(f"content is a string or a list, not {type(content).__name__}; {FORM}")
+        add("control", IM_START)
+        add("text", f"{role}\n")
+        for item in [{"text": content}] if isinstance(content, str) else content:
+            kind = item_kind(item)
+            if kind == "text":
+                add("text", item["text"])
+            else:
+                add("control", VISION_START)
+                add(kind, IMAGE_PAD if kind == "image" else VIDEO_PAD, item)
+                add("control", VISION_END)
+        add("control", IM_END)
+        add("text", "\n")
     if add_generation_prompt:
-        parts += [Part("control", IM_START), Part("text", "assistant\n")]
+        add("control", IM_START)
+        add("text", "assistant\n")
     return parts
 
 
-def content_parts(item: dict) -> list[Part]:
+def item_kind(item: object) -> str:
+    """What an item of a content list is: a key named image makes it one, whatever its type says."""
     if isinstance(item, dict):
         if item.get("type") == "image" or "image" in item or "image_url" in item:
-            return [Part("control", VISION_START), Part("image", IMAGE_PAD, item), Part("control", VISION_END)]
+            return "image"
         if item.get("type") == "video" or "video" in item:
-            return [Part("control", VISION_START), Part("video", VIDEO_PAD, item), Part("control", VISION_END)]
+            return "video"
         if isinstance(item.get("text"), str):
-            return [Part("text", item["text"])]
+            return "text"
     raise ValueError(f"cannot use {str(item)[:60]!r} as content; {FORM}")
 
+
+# ---------------------------------------------------------------------------- the processor
 
 @dataclass
 class Processor:
     """Turns conversations into the model's inputs. Made by `load_processor`."""
     tokenizer: Tokenizer
-    pad_token_id: int
-    min_pixels: int
+    min_pixels: int                     # of a picture
     max_pixels: int
-    video_pixels: Size | None           # min and max of a frame, where the checkpoint says so
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    image_mean: tuple[float, ...]
+    video_pixels: tuple[int, int] | None    # least and most of a frame, where the checkpoint says so
+    patch_size: int                     # pixels
+    temporal_patch_size: int            # frames
+    merge_size: int                     # patches
+    image_mean: tuple[float, ...]       # of red, green, blue from 0 to 1
     image_std: tuple[float, ...]
 
     def prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The template's text, with one placeholder per picture or video. Raises ValueError for malformed messages."""
+        """The template's text, one placeholder per picture or video. ValueError for malformed messages."""
         return "".join(part.text for part in conversation(messages, add_generation_prompt))
 
     def decode(self, ids: torch.Tensor | list[int]) -> str:
@@ -162,116 +185,112 @@ class Processor:
         return self.tokenizer.decode(torch.as_tensor(ids).tolist(), skip_special_tokens=True)
 
     def __call__(self, messages: list, add_generation_prompt: bool = True) -> dict[str, torch.Tensor]:
-        """The inputs of one conversation, or of a list of them as a left-padded batch: CPU tensors by HF's names.
+        """The model's inputs for a conversation, or for a list of them as a left-padded batch; on the CPU.
 
         input_ids, attention_mask (B, T) int64; mm_token_type_ids (B, T) int32, 0 text, 1 picture, 2 video;
-        pixel_values, pixel_values_videos (N, 1176) float32; image_grid_thw, video_grid_thw (items, 3) int64;
-        second_per_grid_ts (videos,) float32. Raises ValueError or OSError for what it cannot read.
+        and where there are any pixel_values, pixel_values_videos (N, 1176) float32; image_grid_thw,
+        video_grid_thw (items, 3) int64; second_per_grid_ts (videos,) float32.
+        Raises ValueError for malformed messages, and ValueError or OSError for files it cannot read.
         """
         batch = messages if messages and isinstance(messages[0], list) else [messages]
-        media: dict[str, list] = {"image": [], "video": []}
-        rows, intervals = [], []
-        for parts in [conversation(messages, add_generation_prompt) for messages in batch]:
-            row = []                                    # (token id, type) pairs
-            for kind, text, items in join_text(parts):
-                if kind == "text":
-                    row += [(i, 0) for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
-                elif kind == "control":
-                    row.append((self.tokenizer.token_to_id(text), 0))
+        pixels, grids, rows, intervals = {"image": [], "video": []}, {"image": [], "video": []}, [], []
+        for one in batch:
+            row = []                                                    # of (id, type)
+            for part in conversation(one, add_generation_prompt):
+                if part.kind == "text":
+                    ids = self.tokenizer.encode(part.text, add_special_tokens=False).ids
                 else:
-                    pixels, grid, interval = self.image(items) if kind == "image" else self.video(items)
-                    media[kind].append((pixels, grid))
-                    intervals += [interval] if kind == "video" else []
-                    count = math.prod(grid) // self.merge_size**2
-                    row += [(self.tokenizer.token_to_id(text), 1 if kind == "image" else 2)] * count
+                    ids = [self.tokenizer.token_to_id(part.text)]
+                if part.item is not None:
+                    frames, limits, interval = self.open(part)
+                    patches, grid = self.patches(frames, *limits)
+                    pixels[part.kind].append(patches)
+                    grids[part.kind].append(grid)
+                    intervals += [interval] if part.kind == "video" else []
+                    ids = ids * (math.prod(grid) // self.merge_size**2)     # a placeholder per merge group
+                row += [(i, {"image": 1, "video": 2}.get(part.kind, 0)) for i in ids]
             rows.append(row)
 
-        T = max(map(len, rows))
-        table = torch.tensor([[(self.pad_token_id, 0, 0)] * (T - len(row)) + [(i, kind, 1) for i, kind in row]
-                              for row in rows])
-        inputs = dict(input_ids=table[:, :, 0], attention_mask=table[:, :, 2], mm_token_type_ids=table[:, :, 1].int())
-        for kind, pixels_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            if media[kind]:
-                inputs[pixels_name] = torch.from_numpy(np.concatenate([pixels for pixels, _ in media[kind]]))
-                inputs[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in media[kind]])
+        T, pad = max(map(len, rows)), (self.tokenizer.token_to_id(ENDOFTEXT), 0, 0)
+        table = torch.tensor([[pad] * (T - len(row)) + [(*pair, 1) for pair in row] for row in rows])
+        input_ids, types, mask = table.unbind(dim=2)
+        inputs = dict(input_ids=input_ids, attention_mask=mask, mm_token_type_ids=types.int())
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if pixels[kind]:
+                inputs[name] = torch.from_numpy(np.concatenate(pixels[kind]))
+                inputs[f"{kind}_grid_thw"] = torch.tensor(grids[kind])
         if intervals:
             inputs["second_per_grid_ts"] = torch.tensor(intervals)
         return inputs
 
-    def image(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int], float]:
-        source = item.get("image", item.get("image_url"))
-        return *self.pixels([open_image(source)], self.min_pixels, self.max_pixels), 0.0
-
-    def video(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int], float]:
+    def open(self, part: Part) -> tuple[list[Image.Image], tuple[int, int], float]:
+        """The frames of a picture or video, the least and most pixels of each, seconds per temporal patch."""
+        item = part.item
+        if part.kind == "image":
+            image = open_image(item.get("image", item.get("image_url")))
+            return [image], (self.min_pixels, self.max_pixels), 0.0
         frames, seconds = open_video(item)
         low, high = self.video_pixels or (VIDEO_MIN_PIXELS, None)
-        low = item.get("min_pixels", low)
-        # Frames count in pairs: two share one temporal patch and so one set of tokens.
-        budget = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / len(frames)
-        high = item.get("max_pixels", high or max(min(VIDEO_MAX_PIXELS, budget), int(1.05 * low)))
-        return *self.pixels(frames, low, high), self.temporal_patch_size * seconds
+        low, high = item.get("min_pixels") or low, item.get("max_pixels") or high
+        if high is None:    # a share of the total; temporal_patch_size frames become tokens together
+            share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / len(frames)
+            high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
+        return frames, (low, high), seconds * self.temporal_patch_size
 
-    def pixels(self, frames: list[Image.Image], min_pixels: int, max_pixels: int) -> tuple:
-        """Resize (all to one size), normalise in float32 and patchify."""
+    def patches(self, frames: list[Image.Image], min_pixels: int, max_pixels: int) -> tuple[np.ndarray, Grid]:
+        """Frames resized, all to one size, normalised in float32 and patchified."""
         width, height = frames[0].size
-        height, width = smart_resize(height, width, self.patch_size * self.merge_size, min_pixels, max_pixels)
+        factor = self.patch_size * self.merge_size
+        height, width = smart_resize(height, width, factor, min_pixels, max_pixels)
         resized = [np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
         x = np.stack(resized).astype(np.float32) / np.float32(255)
         x = (x - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
         return patchify(x, self.patch_size, self.temporal_patch_size, self.merge_size)
 
 
-def join_text(parts: list[Part]) -> Iterator[tuple[str, str, dict | None]]:
-    """(kind, text, item) with neighbouring text in one run: tokenized piecewise, "user\\n" + "\\nHi" gives other ids."""
-    run = ""
-    for part in parts:
-        if part.kind == "text":
-            run += part.text
-            continue
-        if run:
-            yield "text", run, None
-        run = ""
-        yield part.kind, part.text, part.item
-    if run:
-        yield "text", run, None
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError where it is missing, ValueError where it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON {type(content).__name__} and not an object; download it again")
+    return content
 
 
-def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
-    """The processor of a checkpoint directory; min_pixels and max_pixels of a picture override the checkpoint's.
+def load_processor(
+    path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Processor:
+    """The processor of a checkpoint directory; min_pixels and max_pixels, of a picture, override its own.
 
     Raises OSError where a file is missing, ValueError where one is broken or the limits make no sense.
     """
     path = Path(path)
-
-    def read(name: str) -> dict | None:
-        try:
-            return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else None
-        except ValueError as error:
-            raise ValueError(f"{path / name}: not valid JSON ({error}); download it again") from None
-
-    picture = read("preprocessor_config.json")
-    if picture is None:
-        picture = (read("processor_config.json") or {}).get("image_processor")
-    if picture is None or not (path / "tokenizer.json").exists():
-        missing = "preprocessor_config.json" if picture is None else "tokenizer.json"
-        raise OSError(f"{path / missing}: no such file; is {path} a complete checkpoint?")
+    settings, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"
+    nested = path / "processor_config.json"     # transformers 5
+    picture = read_json(nested) if nested.exists() and not settings.exists() else read_json(settings)
+    picture = picture.get("image_processor", picture)
+    size, frame_size = picture.get("size") or {}, read_json(video).get("size") if video.exists() else None
+    if not (path / "tokenizer.json").exists():
+        raise OSError(f"{path / 'tokenizer.json'}: no such file; is {path} a complete checkpoint?")
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:      # the library raises nothing narrower
         raise ValueError(f"{path / 'tokenizer.json'}: not a tokenizer ({error}); download it again") from None
-    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a text run is ten characters, not a control token
+    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
 
-    size = picture.get("size") or {}
     if min_pixels is None:
         min_pixels = picture.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
     if max_pixels is None:
         max_pixels = picture.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
     if not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"max_pixels {max_pixels} must be at least min_pixels, {min_pixels}, and that above 0")
-    frame = (read("video_preprocessor_config.json") or {}).get("size") or {}
+        raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
     return Processor(
-        tokenizer, tokenizer.token_to_id("<|endoftext|>"), min_pixels, max_pixels,
-        video_pixels=(frame["shortest_edge"], frame["longest_edge"]) if frame else None,
+        tokenizer, min_pixels, max_pixels,
+        video_pixels=(frame_size["shortest_edge"], frame_size["longest_edge"]) if frame_size else None,
         patch_size=picture.get("patch_size", 14), temporal_patch_size=picture.get("temporal_patch_size", 2),
         merge_size=picture.get("merge_size", 2),
         image_mean=picture.get("image_mean", IMAGE_MEAN), image_std=picture.get("image_std", IMAGE_STD),
@@ -338,13 +357,10 @@ def open_video(item: dict) -> tuple[list[Image.Image], float]:
         if not path.is_dir():
             return sample_frames(path, fps or VIDEO_FPS)
         # By the numbers in the names: frame9 comes before frame10.
-        files = sorted((file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")),
-                       key=lambda file: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", file.name)])
-        if not files:
-            raise ValueError(f"{path}: a folder without frames; put pictures into it, numbered in order")
-        source = files
+        numbers = lambda file: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", file.name)]
+        source = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=numbers)
     if not source:
-        raise ValueError("a video without frames; give a list of pictures")
+        raise ValueError("a video without frames; give a list of pictures, or a folder of them, numbered")
     if fps is None:
         raise ValueError("frames need the rate at which they were taken: give fps")
     return [open_image(frame) for frame in source], 1 / fps

@@ -65,9 +65,11 @@ def vision_rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
 
 # ---------------------------------------------------------------------------- three axes, decoder
 
-def vision_block(start: int, t: int, h: int, w: int, interval: float, tokens_per_second: int) -> list[list[int]]:
-    """[time, row, column] of t x h x w merge groups that begin at `start`, `interval` seconds per step of t."""
-    times = (torch.arange(t) * interval * tokens_per_second).long()     # float32, in this order, then truncated
+def vision_block(
+    start: int, t: int, h: int, w: int, interval: float, tokens_per_second: int
+) -> list[list[int]]:
+    """[time, row, column] of t x h x w merge groups that begin at `start`, `interval` seconds apart in t."""
+    times = (torch.arange(t) * interval * tokens_per_second).long()   # float32, in this order, then truncated
     axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
     return (start + torch.stack(axes, dim=-1)).reshape(-1, 3).tolist()
 
@@ -86,20 +88,21 @@ def mrope_positions(
 ) -> tuple[Tensor, Tensor]:
     """Time, row and column of every token, by the rule of Qwen's training code.
 
-    Text counts up on all three axes at once. A picture or video that begins at s puts each of its merge groups
-    at s + (time, row, column), and what follows resumes at 1 + the largest position used, so that a picture of
+    Text counts up on all three axes at once. A picture or video that begins at s puts each of its merge
+    groups at s + (time, row, column), and what follows resumes at 1 + the largest position used: a picture of
     4 x 6 groups fills 24 tokens but only 6 positions.
 
-    input_ids and attention_mask (1 real, 0 pad): (B, T). Grids: (items, 3) in patches, in order of appearance.
-    second_per_grid_ts: seconds from one temporal patch to the next, one per video.
+    input_ids and attention_mask (1 real, 0 pad): (B, T). Grids: (items, 3) in patches, in order of
+    appearance. second_per_grid_ts: seconds from one temporal patch to the next, one per video.
     Returns position_ids (3, B, T), 0 at pads, and next_position (B,), where the first new token goes; int64.
-    Raises ValueError where placeholders, grids and seconds don't match. HF: Qwen2_5_VLModel.get_rope_index.
+    Raises ValueError where placeholders, grids and seconds don't match.
+    HF: Qwen2_5_VLModel.get_rope_index.
     """
     images = [] if image_grid_thw is None else image_grid_thw.tolist()
     videos = [] if video_grid_thw is None else video_grid_thw.tolist()
     intervals = [] if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
     if len(videos) != len(intervals):
-        raise ValueError(f"{len(videos)} videos but {len(intervals)} second_per_grid_ts: pass one for each video")
+        raise ValueError(f"{len(videos)} videos but {len(intervals)} second_per_grid_ts: pass one for each")
     waiting = {     # for each kind of placeholder what is still to come; a picture's time stands still
         image_token_id: [(t, h // merge_size, w // merge_size, 0.0) for t, h, w in images],
         video_token_id: [(t, h // merge_size, w // merge_size, s) for (t, h, w), s in zip(videos, intervals)],
@@ -119,7 +122,7 @@ def mrope_positions(
                 raise ValueError("the prompt has more placeholders than there are pictures or videos")
             block = vision_block(start, *waiting[token].pop(0), tokens_per_second)
             if ids[len(positions):len(positions) + len(block)] != [token] * len(block):
-                raise ValueError(f"a picture or video of {len(block)} merge groups needs as many placeholders in a row")
+                raise ValueError(f"an item of {len(block)} merge groups takes as many placeholders")
             positions += block
             start = 1 + max(map(max, block))
         position_ids[:, b, real[b].cpu()] = torch.tensor(positions, dtype=torch.int64).reshape(-1, 3).T
@@ -134,7 +137,7 @@ def mrope_rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, (B, T, D) in dtype, of position_ids (3, B, T); the angles are float32.
 
-    Of the D/2 channel pairs, fastest first, section[0] turn with time, the next section[1] with the row and the
+    Of the D/2 channel pairs, fastest first, section[0] turn with time, the next section[1] with the row, the
     last section[2] with the column: contiguous, not interleaved. HF: Qwen2_5_VLRotaryEmbedding.
     """
     parts = speeds(head_dim, theta, position_ids.device).split(section)

@@ -3,8 +3,8 @@
 Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
 Most blocks attend inside windows, a few inside the whole frame, none across frames or items: time exists only
-in the decoder. In pixels, a side of a patch is 14, of a merge group (2 x 2 patches, one token for the decoder)
-28, of a window 112.
+in the decoder. A patch is 14 pixels a side, a merge group 28 (2 x 2 patches, one token for the decoder), a
+window 112.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
 
@@ -67,8 +67,8 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# What a query may see: every key (None), those up to itself with as many queries as keys (CAUSAL, which takes no
-# memory), or what a tensor says that is added to the scores and broadcasts to (B, 1, T, S).
+# What a query may see: every key (None); as many queries as keys, those up to itself (CAUSAL, which takes no
+# memory); or what a tensor says that is added to the scores and broadcasts to (B, 1, T, S).
 CAUSAL = "causal"
 Mask = Tensor | str | None
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
@@ -109,7 +109,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 # ---------------------------------------------------------------------------- patches and windows
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride equals its kernel is a linear map of the flattened patch, and computed as one."""
+    """A convolution whose stride equals its kernel: a linear map of the flattened patch, computed as one."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How attention cuts up one picture or video: in each of its frames lie the same runs of equal windows."""
+    """How attention cuts up a picture or video: in each of its frames lie the same runs of equal windows."""
     frames: int
     runs: list[tuple[int, int]]     # (number of windows, patches in each), in stored order
 
@@ -134,10 +134,10 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
     """The order of merge groups in which every window is contiguous, and how each item is cut in that order.
 
     A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are
-    smaller, not padded. Whole windows come first, then the right edge, the bottom edge, the corner: equal ones are
-    neighbours and can share an attention call. Frames and items stay where they were.
+    smaller, not padded. Whole windows come first, then the right edge, the bottom edge, the corner: equal
+    ones are neighbours and can share an attention call. Frames and items stay where they were.
 
-    grid_thw: (items, 3) in patches. Returns order (N / merge_size^2,), int64 on the CPU, to index groups with.
+    grid_thw: (items, 3) in patches. Returns order (N / merge_size^2,), int64 on the CPU, to index groups by.
     HF: get_vision_window_index (the same windows, in raster order).
     """
     order, layouts, first = [], [], 0
@@ -229,8 +229,8 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Vision tokens (N / 4, out_hidden_size), merge groups in reading order: time, row, column.
 
-        pixel_values: (N, 1176), rows in merge-group order; grid_thw: (items, 3) int64, on the CPU if the tower
-        is not to wait for the device.
+        pixel_values: (N, 1176), rows in merge-group order. grid_thw: (items, 3) int64, on the CPU: from
+        elsewhere it has to be fetched.
         """
         config, weight = self.config, self.patch_embed.proj.weight
         merge = config.spatial_merge_size
@@ -241,7 +241,7 @@ class VisionTransformer(nn.Module):
         in_groups = (-1, merge**2)
         positions = vision_positions(grid_thw, merge).unflatten(0, in_groups)[order].flatten(0, 1)
         cos, sin = vision_rotary(positions.to(weight.device), config.hidden_size // config.num_heads)
-        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): for q, k and all heads
+        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): q and k, all heads
         x = self.patch_embed(pixel_values.to(weight.dtype))                                     # (N, C)
         x = x.unflatten(0, in_groups)[order.to(x.device)].flatten(0, 1)
         for i, block in enumerate(self.blocks):

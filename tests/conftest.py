@@ -1,8 +1,9 @@
-"""The seeded models that all parity tests share: Hugging Face's, with weights that hide nothing, and ours with the same.
+"""The seeded models that all parity tests share: Hugging Face's, with weights that hide nothing, and ours
+with the same.
 
-Hugging Face's own initialisation has zero biases, unit norms and flat attention, under which wrong masks, windows and
-positions cost nothing. Here matrices are scaled until attention is peaked (asserted in test_model.py), biases and norm
-weights are random, and the head is untied.
+Hugging Face's own initialisation has zero biases, unit norms and flat attention, under which wrong masks,
+windows and positions cost nothing. Here matrices are scaled until attention is peaked (asserted in
+test_model.py), biases and norm weights are random, and the head is untied.
 """
 
 import json
@@ -16,7 +17,7 @@ from published import write_processor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from load_weights import LIVE_PREFIXES, load_config
+from load_weights import PUBLISHED_PREFIX, load_config
 from model import Qwen2_5_VL
 from vision import eager, sdpa
 
@@ -58,7 +59,9 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def config_dict(**changes):
-    """A small config.json, nested as transformers 5 writes it; `changes` by key, vision's with the prefix vision_."""
+    """A small config.json, nested as transformers 5 writes it; `changes` by key, vision's with the prefix
+    vision_.
+    """
     text = dict(
         hidden_size=256, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=VOCABULARY, rms_norm_eps=1e-6, max_position_embeddings=4096,
@@ -93,7 +96,7 @@ def fill(model, generator):
 
 
 def published_names(state):
-    for live, published in LIVE_PREFIXES.items():
+    for live, published in PUBLISHED_PREFIX.items():
         state = {published + name.removeprefix(live) if name.startswith(live) else name: p for name, p in state.items()}
     return state
 
@@ -128,7 +131,8 @@ def pair(request, pairs):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """The directory of a checkpoint's processor files with the real vocabulary, and Hugging Face's tokenizer."""
+    """The directory of a checkpoint's processor files with the real vocabulary, and Hugging Face's tokenizer.
+    """
     directory = tmp_path_factory.mktemp("published")
     return directory, write_processor(directory)
 
@@ -144,8 +148,9 @@ def media(grids, generator):
 
 
 def prompts(rows, seed=0):
-    """A left-padded batch in the shape of a processor's dict. A row is a list of: how many tokens of text, a picture
-    as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches."""
+    """A left-padded batch in the shape of a processor's dict. A row is a list of: how many tokens of text, a
+    picture as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids, types, images, videos, seconds = [], [], [], [], []
     for row in rows:

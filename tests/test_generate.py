@@ -40,7 +40,8 @@ def theirs(hf, inputs, n=32, seed=None, **settings):
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_greedy(pair, rows, penalty, monkeypatch):
-    """A decode at the cache's length, one position too far, or with another row's positions: all show here."""
+    """A decode at the cache's length, one position too far, or with another row's positions: all show here.
+    """
     inputs = prompts(rows)
     expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
     tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=32, repetition_penalty=penalty)
@@ -69,7 +70,9 @@ def test_sampling(pairs, rows, settings):
 
 @pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, ROWS["padded batch"]], ids=["video", "mixed", "padded"])
 def test_cached_decode_equals_full_forward(pair, rows, monkeypatch):
-    """The logits of every step are those of one pass over prompt and answer; transformers 5.23.0 fails after a video."""
+    """The logits of every step are those of one pass over prompt and answer; transformers 5.23.0 fails after
+    a video.
+    """
     inputs = prompts(rows)
     tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=8)
     ones = torch.ones_like(tokens)
@@ -120,7 +123,9 @@ def test_tower_or_prompt_run_again(pairs, monkeypatch):
 
 
 def test_captured_step_differs_from_the_plain_loop(pairs, monkeypatch):
-    """The function that CUDA captures, run as it is: static buffers, the whole mask, the device's own counters."""
+    """The function that CUDA captures, run as it is: static buffers, the whole mask, the device's own
+    counters.
+    """
     def not_captured(step, cache):
         for _ in range(3):
             cache.clear()
@@ -173,7 +178,7 @@ def test_flags(capsys, tmp_path):
                  "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-pixels", "20000", "--device", "cpu",
                  "--dtype", "float32", "--attention", "eager", "--no-graph"]) == 0
     out, err = capsys.readouterr()
-    assert "(4 frames)" in err and "torch.float32 on cpu" in err and "; 5 tokens; " in err
+    assert "112x112 in 2 steps; " in err and "torch.float32 on cpu" in err and "; 5 tokens; " in err
 
 
 def test_sampling_flag_overrides_the_checkpoint(capsys):
@@ -195,11 +200,11 @@ def test_sampling_flag_overrides_the_checkpoint(capsys):
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
     (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
     (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'; see"),
-    (["--max-new-tokens", "99999"], "exceed the context of 32768; use fewer new tokens"),
+    (["--max-new-tokens", "99999"], "exceed the context of 32768: use fewer new tokens"),
     (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
     (["--top-p", "0"], "top_p 0.0: must be above 0 and at most 1"),
-    (["--max-pixels", "-5"], "max_pixels -5 must be at least min_pixels"),
-    (["--dtype", "float16"], "torch.float16 is not supported: float16 overflows in the vision tower; use bfloat16"),
+    (["--max-pixels", "-5"], "max_pixels -5: must be above 0"),
+    (["--dtype", "float16"], "torch.float16: float16 overflows in the vision tower; use bfloat16"),
     (["--device", "cuda"], "device cuda: this torch finds no CUDA here; use cpu"),
     (["--device", "toaster"], "device toaster: "),
 ])

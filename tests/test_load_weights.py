@@ -13,7 +13,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from load_weights import checkpoint, load_config, load_generation_config, load_model
 from model import Qwen2_5_VL
 
-# Published numbers: hidden, layers, heads, key heads, MLP, vocabulary, tied; vision MLP; bytes in bfloat16, tensors.
+# Published numbers: hidden, layers, heads, key heads, MLP, vocabulary, tied; vision MLP; bytes in bfloat16,
+# tensors.
 FAMILY = {
     "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420, 7_509_245_952, 824),
     "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420, 16_584_333_312, 729),
@@ -89,7 +90,9 @@ def test_three_dialects_of_one_config(size, tmp_path):
 
 
 def test_class_defaults_as_fall_backs(tmp_path):
-    """What a flat config leaves out is as published, not as in Hugging Face's classes (eps 1e-5, 4 per second)."""
+    """What a flat config leaves out is as published, not as in Hugging Face's classes (eps 1e-5, 4 per
+    second).
+    """
     sparse = flat("7B")
     for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id"):
         del sparse[key]
@@ -101,14 +104,14 @@ def test_class_defaults_as_fall_backs(tmp_path):
     (dict(model_type="qwen3_vl"), "model_type 'qwen3_vl' is not supported"),
     (dict(quantization_config=dict(quant_method="awq")), r"quantisation \(awq\)"),
     (dict(use_sliding_window=True), "use_sliding_window"),
-    (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])), "rope scaling of type 'yarn'"),
-    (dict(hidden_act="gelu"), "activation 'gelu'"),
-    (dict(hidden_size=None), "no hidden_size for Config"),
-    (dict(num_attention_heads=27), "hidden_size by num_attention_heads must divide evenly, got 3584 / 27"),
-    (dict(num_key_value_heads=3), "num_attention_heads by num_key_value_heads must divide"),
-    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])), "mrope_section"),
-    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)), "out_hidden_size 2048 must equal"),
-    (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for VisionConfig"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])), "rope scaling of type yarn"),
+    (dict(hidden_act="gelu"), "activation gelu"),
+    (dict(hidden_size=None), "no hidden_size for the Config"),
+    (dict(num_attention_heads=27), "hidden_size in num_attention_heads must come out even and 3584 / 27 does not"),
+    (dict(num_key_value_heads=3), "query heads in num_key_value_heads"),
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])), "half of head_dim in mrope_section"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)), "vision out_hidden_size in hidden_size must come out even and 2048 / 3584"),
+    (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for the VisionConfig"),
 ])
 def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -159,9 +162,9 @@ def test_ready_to_answer(saved):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "1 tensors are missing: visual.blocks.2.attn.qkv.bias"),
-    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
-    (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"another shape .*model.norm.weight \(3,\) \(not \(256,\)"),
+    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "tensors are missing: visual.blocks.2.attn.qkv.bias"),
+    (lambda w: w.update(extra=torch.zeros(1)), "tensors are not part of this model: extra"),
+    (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
 ])
 def test_tensor_never_loaded(saved, change, message):
     directory, _ = saved
@@ -215,9 +218,9 @@ def point_outside(directory):
     (break_file, ValueError, "not a whole safetensors file"),
     (leave_pickles, ValueError, r"only pickled weights \(pytorch_model.bin\)"),
     (leave_adapter, ValueError, "LoRA adapter"),
-    (point_outside, ValueError, "not a file beside it"),
+    (point_outside, ValueError, "is not a file beside it"),
     (lambda d: next(d.glob("*-00002-*")).unlink(), OSError, "model-00002-of-.*safetensors are missing"),
-    (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError, "no model.safetensors"),
+    (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError, "neither model.safetensors nor an index"),
     (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
     (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
 ])
@@ -264,7 +267,7 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("saved, expected", [
     (dict(do_sample=True, temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6),
-     dict(temperature=0.0, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6)),
+     dict(temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6)),
     (dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6),
      dict(temperature=0.7, repetition_penalty=1.0, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6)),
     (dict(eos_token_id=5, temperature=0.7), dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),

@@ -32,7 +32,9 @@ def test_rows_and_columns_swapped_in_the_tower():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sections_interleaved(dtype):
-    """The three axes differ by far, so that a speed turned by the wrong one shows; also angles cast too early."""
+    """The three axes differ by far, so that a speed turned by the wrong one shows; also angles cast too
+    early.
+    """
     rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).text_config)
     positions = torch.stack([torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30)])
     positions = positions.unsqueeze(1).repeat(1, 2, 1)
@@ -101,7 +103,7 @@ def test_seconds_times_speed_before_index():
 @pytest.mark.parametrize("ids, grids, message", [
     ([1, 2], dict(image_grid_thw=torch.tensor([[1, 4, 4]])), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
-    ([IMAGE] * 3 + [1], dict(image_grid_thw=torch.tensor([[1, 4, 4]])), "4 merge groups needs as many"),
+    ([IMAGE] * 3 + [1], dict(image_grid_thw=torch.tensor([[1, 4, 4]])), "4 merge groups takes as many"),
     ([VIDEO] * 4, dict(video_grid_thw=torch.tensor([[1, 4, 4]])), "0 second_per_grid_ts: pass one"),
 ])
 def test_placeholders_that_do_not_match(ids, grids, message):

@@ -35,7 +35,9 @@ def test_windows_left_out_or_not_put_back(pair, grids):
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
 def test_window_membership(grids):
-    """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they were."""
+    """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they
+    were.
+    """
     order, layouts = window_order(torch.tensor(grids), merge_size=2, window=4)
     sizes = [patches // 4 for frames, runs in layouts for _ in range(frames) for n, patches in runs for _ in range(n)]
     theirs, ends = get_vision_window_index(torch.tensor(grids), spatial_merge_size=2, window_size=112, patch_size=14)
@@ -62,7 +64,8 @@ def test_frames_see_each_other(pair):
 
 
 def test_windows_one_call_each(pairs, monkeypatch):
-    """A windowed block makes at most four attention calls per item, whatever its size, a full one makes one."""
+    """A windowed block makes at most four attention calls per item, whatever its size, a full one makes one.
+    """
     tower, calls = pairs("sdpa").ours.visual, []
     for block in tower.blocks:
         def counted(*args, number=len(calls)):
@@ -85,7 +88,9 @@ def test_norm_multiplies_by_the_weight_before_casting_back():
 
 
 def test_tower_in_bfloat16_rotates_in_float32(pairs):
-    """Against the float32 tower, ours in bfloat16 is as near as Hugging Face's: angles in bfloat16 would be far off."""
+    """Against the float32 tower, ours in bfloat16 is as near as Hugging Face's: angles in bfloat16 would be
+    far off.
+    """
     pixels, grid_thw = seeded([(1, 60, 62)])
     exact = pairs("sdpa").ours.visual(pixels, grid_thw)
     ours = copy.deepcopy(pairs("sdpa").ours.visual).bfloat16()(pixels, grid_thw)

@@ -290,7 +290,7 @@ class Batches(torch.utils.data.Dataset):
                         left[kind] -= 1
                         branches.append(self.branch(question, answer))
                         kinds.append(kind)
-            patches, grid, _ = (*self.processor.pixels(pictures, 1, 10**9), 0)
+            patches, grid, _ = (*self.processor.patches(pictures, 1, 10**9), 0)
             pixels.append(patches)
             scenes.append(scene)
             asked.append(list(zip(kinds, branches)))
@@ -299,7 +299,7 @@ class Batches(torch.utils.data.Dataset):
                 *self.ids("\n"), self.control(IM_START), *self.ids("user\n"), self.control(VISION_START),
                 *[token] * (math.prod(grid) // self.processor.merge_size**2), self.control(VISION_END)]
         T = len(stem) + max(sum(len(ids) for _, (ids, _) in row) for row in asked)
-        input_ids = torch.full((self.size, T), self.processor.pad_token_id)
+        input_ids = torch.full((self.size, T), self.processor.tokenizer.token_to_id("<|endoftext|>"))
         segment = torch.full((self.size, T), -1)
         offset = torch.zeros(self.size, T, dtype=torch.int64)       # position after the stem
         labels = torch.full((self.size, T), -100)
