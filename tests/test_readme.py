@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_load_weights import FAMILY, flat, write
 
 from load_weights import load_config
 from model import KVCache
 from processing import smart_resize
-from test_load_weights import FAMILY, flat, write
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,9 +32,10 @@ def quick(block):
 @pytest.mark.parametrize("command, output", [pair for block in CONSOLE for pair in quick(block)])
 def test_command_prints_something_else(command, output):
     command = command.replace("python", sys.executable, 1)
-    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stderr
-    assert steady(run.stderr + run.stdout) == steady(output)
+    run = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         timeout=100)
+    assert run.returncode == 0, run.stdout
+    assert steady(run.stdout) == steady(output)
 
 
 @pytest.mark.parametrize("code", PYTHON)
