@@ -3,8 +3,8 @@
     python tools/bugs.py            every bug, a row each
     python tools/bugs.py windows    those whose name contains the word
 
-Each entry of BUGS is a line of the code as it is and the same line with a bug that somebody shipped, or could have.
-The line must be found exactly once, the test must pass without the bug and fail with it.
+Each entry of BUGS is a line of the code as it is and the same line with a bug that somebody shipped, or could
+have. The line must be found exactly once, the test must pass without the bug and fail with it.
 """
 
 import shutil
@@ -158,7 +158,8 @@ BUGS = [
 
 
 def caught(bug: Bug, copy: Path) -> bool:
-    """Whether the test turns red in a copy of the project with the bug. Raises ValueError for a stale entry."""
+    """Whether the test turns red in a copy of the project with the bug. Raises ValueError for a stale entry.
+    """
     source = (ROOT / bug.file).read_text()
     if source.count(bug.right) != 1:
         raise ValueError(f"{bug.name}: the line is found {source.count(bug.right)} times in {bug.file}, not once")

@@ -1,0 +1,95 @@
+"""Draw the boxes of an answer on the original picture.
+
+    python tools/boxes.py assets/demo.png "Locate every object." boxes.png python tools/boxes.py photo.jpg
+    "Locate every cup, as JSON." boxes.png --model Qwen/Qwen2.5-VL-7B-Instruct --json
+
+The model answers in pixels of the resized picture, the only one it has seen. Here they become pixels of the
+original, per axis, before they are printed and drawn.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import generate
+from load_weights import checkpoint, load_generation_config, load_model
+from model import Qwen2_5_VL
+from processing import Box, Processor, Size, load_processor, open_image, to_original
+
+
+def read_boxes(answer: str) -> list[tuple[Box, str]]:
+    """(box, label) of every object with a "bbox_2d" in an answer: bare, fenced, in a list, cut off at the
+    end.
+    """
+    boxes = []
+    for text in re.findall(r"\{[^{}]*\}", answer):
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        box = entry.get("bbox_2d")
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) for n in box):
+            boxes.append((tuple(box), str(entry.get("label", ""))))
+    return boxes
+
+
+def locate(model: Qwen2_5_VL, processor: Processor, picture: Image.Image, prompt: str, **settings) -> tuple[str, Size]:
+    """The answer to a prompt about a picture, and the (height, width) of the picture it speaks of."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    inputs = processor([{"role": "user", "content": content}])
+    ids = [token.item() for token in generate(model, inputs, **settings)]
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    return processor.decode(ids), (rows * processor.patch_size, columns * processor.patch_size)
+
+
+def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Image:
+    """A copy with boxes and labels, white on black so that they show on anything."""
+    picture = picture.copy()
+    draw = ImageDraw.Draw(picture)
+    width = max(1, round(min(picture.size) / 200))
+    for box, label in boxes:
+        draw.rectangle(box, outline="white", width=3 * width)
+        draw.rectangle([edge + side for edge, side in zip(box, (width, width, -width, -width))], outline="black",
+                       width=width)
+        place = (box[0] + 3 * width, box[1] + 3 * width)
+        draw.rectangle(draw.textbbox(place, label), fill="black")
+        draw.text(place, label, fill="white")
+    return picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture")
+    parser.add_argument("prompt")
+    parser.add_argument("out", help="the picture to write")
+    parser.add_argument("--model", default=ROOT / "tiny", help="a checkpoint's directory or hub id (default: tiny/)")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    args = parser.parse_args(argv)
+    try:
+        picture, path = open_image(args.picture), checkpoint(args.model)
+        settings = load_generation_config(path) | dict(max_new_tokens=args.max_new_tokens)
+        answer, resized = locate(load_model(path), load_processor(path), picture, args.prompt, **settings)
+        original = (picture.height, picture.width)
+        boxes = [(tuple(round(n) for n in to_original(box, resized, original)), label)
+                 for box, label in read_boxes(answer)]
+        draw_boxes(picture, boxes).save(args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps([{"bbox_2d": box, "label": label} for box, label in boxes]))
+    else:
+        print("\n".join(f"{label}: {', '.join(map(str, box))}" for box, label in boxes) or f"no boxes in: {answer}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
