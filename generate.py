@@ -134,8 +134,8 @@ def generate(
     position_ids, next_position = model.positions(
         input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
     device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
-    pixels = ("pixel_values", "pixel_values_videos")
-    pixels = {name: inputs[name].to(device) for name in pixels if name in inputs}
+    names = ("pixel_values", "pixel_values_videos")
+    pixels = {name: inputs[name].to(device) for name in names if name in inputs}
     input_ids, position_ids = input_ids.to(device), position_ids.to(device)
     token, position = torch.zeros_like(input_ids[:, :1]), next_position[:, None].to(device)     # (B, 1) each
 

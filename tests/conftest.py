@@ -52,10 +52,16 @@ def assert_equal(row, ours, theirs):
     PARITY[row] = PARITY.get(row, (0, 0.0))[0] + 1, 0.0
 
 
+def pytest_addoption(parser):
+    parser.addoption("--checkpoint", default="tiny", help="a checkpoint's directory or hub id, for test_checkpoint.py")
+
+
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line("\n| against Hugging Face or itself | comparisons | largest difference |\n|---|---|---|")
+    terminalreporter.write_line("\n| against Hugging Face or itself | comparisons | largest difference |\n"
+                                "|---|---|---|")
     for row, (count, largest) in sorted(PARITY.items()):
-        terminalreporter.write_line(f"| {row} | {count} | {f'{largest:.1e}' if largest else 'none, bit for bit'} |")
+        shown = f"{largest:.1e}" if largest else "none, bit for bit"
+        terminalreporter.write_line(f"| {row} | {count} | {shown} |")
 
 
 def config_dict(**changes):
@@ -63,13 +69,14 @@ def config_dict(**changes):
     vision_.
     """
     text = dict(
-        hidden_size=256, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        vocab_size=VOCABULARY, rms_norm_eps=1e-6, max_position_embeddings=4096,
+        hidden_size=256, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=VOCABULARY, rms_norm_eps=1e-6, max_position_embeddings=4096,
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
     )
     vision = dict(
-        depth=4, hidden_size=160, intermediate_size=224, num_heads=4, out_hidden_size=256, in_channels=3, patch_size=14,
-        spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3], tokens_per_second=2,
+        depth=4, hidden_size=160, intermediate_size=224, num_heads=4, out_hidden_size=256, in_channels=3,
+        patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
+        fullatt_block_indexes=[1, 3], tokens_per_second=2,
     )
     for name, value in changes.items():
         if name.startswith("vision_"):
@@ -77,8 +84,8 @@ def config_dict(**changes):
         else:
             text[name] = value
     return dict(
-        model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=IMAGE,
-        video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+        model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=False,
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
     )
 
 
@@ -91,13 +98,14 @@ def fill(model, generator):
             p.data.normal_(0, 0.2, generator=generator)
         else:
             p.data.uniform_(0.5, 1.5, generator=generator)
-    model.model.language_model.embed_tokens.weight.data *= 14       # as large as the vision tokens next to them
+    model.model.language_model.embed_tokens.weight.data *= 14       # as large as vision tokens next to them
     model.lm_head.weight.data[[IMAGE, VIDEO, START, END]] = 0       # an answer has no pictures
 
 
 def published_names(state):
     for live, published in PUBLISHED_PREFIX.items():
-        state = {published + name.removeprefix(live) if name.startswith(live) else name: p for name, p in state.items()}
+        state = {published + name.removeprefix(live) if name.startswith(live) else name: p
+                 for name, p in state.items()}
     return state
 
 
@@ -111,9 +119,11 @@ class Pair:
 def make_pair(directory, attention="sdpa", seed=14, **changes):
     saved = config_dict(**changes)
     (directory / "config.json").write_text(json.dumps(saved))
-    hf = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**saved), attn_implementation=attention)
+    hf = Qwen2_5_VLForConditionalGeneration._from_config(
+        Qwen2_5_VLConfig(**saved), attn_implementation=attention)
     fill(hf.eval().requires_grad_(False), torch.Generator().manual_seed(seed))
-    ours = Qwen2_5_VL(load_config(directory), dict(sdpa=sdpa, eager=eager)[attention]).eval().requires_grad_(False)
+    attend = dict(sdpa=sdpa, eager=eager)[attention]
+    ours = Qwen2_5_VL(load_config(directory), attend).eval().requires_grad_(False)
     ours.load_state_dict(published_names(hf.state_dict()), strict=True)
     return Pair(hf, ours)
 

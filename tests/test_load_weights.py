@@ -22,14 +22,15 @@ FAMILY = {
     "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456, 146_821_554_688, 1353),
 }
 COMMON = dict(
-    model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"], hidden_act="silu", rms_norm_eps=1e-6,
-    rope_theta=1000000.0, max_position_embeddings=128000, use_sliding_window=False, sliding_window=32768,
-    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
-    torch_dtype="bfloat16",
+    model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"], hidden_act="silu",
+    rms_norm_eps=1e-6, rope_theta=1000000.0, max_position_embeddings=128000, use_sliding_window=False,
+    sliding_window=32768, image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
+    vision_end_token_id=151653, torch_dtype="bfloat16",
 )
 VISION = dict(
-    depth=32, hidden_act="silu", hidden_size=1280, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
-    spatial_patch_size=14, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2, in_chans=3,
+    depth=32, hidden_act="silu", hidden_size=1280, num_heads=16, patch_size=14, spatial_merge_size=2,
+    window_size=112, spatial_patch_size=14, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
+    temporal_patch_size=2, in_chans=3,
 )
 
 
@@ -45,7 +46,8 @@ def flat(size):
         rope = dict(rope_type="default", type="default", mrope_section=[16, 24, 24])
     return COMMON | dict(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-        intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied, vision_config=vision, rope_scaling=rope)
+        intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied, vision_config=vision,
+        rope_scaling=rope)
 
 
 def write(directory, config, name="config.json"):
@@ -58,7 +60,8 @@ def test_published_names_shapes_and_bytes(size, tmp_path):
     config = load_config(write(tmp_path, flat(size)))
     with torch.device("meta"):
         ours = Qwen2_5_VL(config).state_dict()
-        theirs = published_names(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat(size))).state_dict())
+        hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat(size)))
+        theirs = published_names(hf.state_dict())
     if config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
     assert_equal("names and shapes of parameters, 3B to 72B",
@@ -104,13 +107,16 @@ def test_class_defaults_as_fall_backs(tmp_path):
     (dict(model_type="qwen3_vl"), "model_type 'qwen3_vl' is not supported"),
     (dict(quantization_config=dict(quant_method="awq")), r"quantisation \(awq\)"),
     (dict(use_sliding_window=True), "use_sliding_window"),
-    (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])), "rope scaling of type yarn"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])),
+     "rope scaling of type yarn"),
     (dict(hidden_act="gelu"), "activation gelu"),
     (dict(hidden_size=None), "no hidden_size for the Config"),
-    (dict(num_attention_heads=27), "hidden_size in num_attention_heads must come out even and 3584 / 27 does not"),
+    (dict(num_attention_heads=27),
+     "hidden_size in num_attention_heads must come out even and 3584 / 27 does not"),
     (dict(num_key_value_heads=3), "query heads in num_key_value_heads"),
     (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])), "half of head_dim in mrope_section"),
-    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)), "vision out_hidden_size in hidden_size must come out even and 2048 / 3584"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)),
+     "vision out_hidden_size in hidden_size must come out even and 2048 / 3584"),
     (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for the VisionConfig"),
 ])
 def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
@@ -164,7 +170,8 @@ def test_ready_to_answer(saved):
 @pytest.mark.parametrize("change, message", [
     (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "tensors are missing: visual.blocks.2.attn.qkv.bias"),
     (lambda w: w.update(extra=torch.zeros(1)), "tensors are not part of this model: extra"),
-    (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
+    (lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
+     r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
 ])
 def test_tensor_never_loaded(saved, change, message):
     directory, _ = saved
@@ -220,7 +227,8 @@ def point_outside(directory):
     (leave_adapter, ValueError, "LoRA adapter"),
     (point_outside, ValueError, "is not a file beside it"),
     (lambda d: next(d.glob("*-00002-*")).unlink(), OSError, "model-00002-of-.*safetensors are missing"),
-    (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError, "neither model.safetensors nor an index"),
+    (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError,
+     "neither model.safetensors nor an index"),
     (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
     (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
 ])
@@ -255,7 +263,8 @@ def anonymous_bytes():
 
 def test_no_such_directory():
     for name in ("no/such/dir", "./nowhere", "nothing"):
-        with pytest.raises(OSError, match=f"{name}: no such directory; give a checkpoint's directory or a hub id"):
+        message = f"{name}: no such directory; give a checkpoint's directory or a hub id"
+        with pytest.raises(OSError, match=message):
             checkpoint(name)
 
 
@@ -270,7 +279,8 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
      dict(temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6)),
     (dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6),
      dict(temperature=0.7, repetition_penalty=1.0, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6)),
-    (dict(eos_token_id=5, temperature=0.7), dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),
+    (dict(eos_token_id=5, temperature=0.7),
+     dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),
 ])
 def test_generation_defaults(saved, expected, tmp_path):
     write(tmp_path, saved, "generation_config.json")

@@ -38,9 +38,9 @@ def in_chunks(model, inputs, chunks=CHUNKS, padded=False):
     B, T, _ = x.shape
     cache = KVCache(model.config, B, T + 3, x.device, x.dtype)
     out, sizes = [], (T - sum(chunks), *chunks)
-    for x, p in zip(x.split(sizes, dim=1), position_ids.split(sizes, dim=2)):
-        mask = inputs["attention_mask"][:, :cache.length + x.shape[1]] if padded else None
-        out.append(model.decode(x, p, mask, cache))
+    for part, p in zip(x.split(sizes, dim=1), position_ids.split(sizes, dim=2)):
+        mask = inputs["attention_mask"][:, :cache.length + part.shape[1]] if padded else None
+        out.append(model.decode(part, p, mask, cache))
     return torch.cat(out, dim=1)
 
 
@@ -73,7 +73,8 @@ def test_logits(pair, rows):
     assert_close("logits", pair.ours(**inputs), hf_logits(pair.hf, inputs), inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, [[30], *MIXED_ROWS]], ids=["video", "mixed", "padded"])
+@pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, [[30], *MIXED_ROWS]],
+                         ids=["video", "mixed", "padded"])
 def test_video_logits_at_our_positions(pair, rows):
     """Everything about video but the positions, in which transformers 5.23.0 errs (test_rope.py)."""
     inputs = prompts(rows)
@@ -84,7 +85,8 @@ def test_video_logits_at_our_positions(pair, rows):
 def test_eager_differs_from_sdpa(pairs):
     for rows in (*ROWS.values(), MIXED_ROWS):
         inputs = prompts(rows)
-        assert_close("itself: eager = sdpa", pairs("eager").ours(**inputs), pairs("sdpa").ours(**inputs), inputs["attention_mask"])
+        assert_close("itself: eager = sdpa", pairs("eager").ours(**inputs), pairs("sdpa").ours(**inputs),
+                     inputs["attention_mask"])
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -99,7 +101,8 @@ def test_prefill_and_decode_disagree(pair, rows):
 
 def test_padded_prefill_and_decode_disagree(pair):
     inputs = prompts(ROWS["padded batch"])
-    assert_close("itself: chunked and cached = one pass", in_chunks(pair.ours, inputs, padded=True), pair.ours(**inputs), inputs["attention_mask"])
+    assert_close("itself: chunked and cached = one pass", in_chunks(pair.ours, inputs, padded=True),
+                 pair.ours(**inputs), inputs["attention_mask"])
 
 
 def test_slots_ahead_are_looked_at(pairs):
@@ -110,7 +113,8 @@ def test_slots_ahead_are_looked_at(pairs):
     cache.k += 1
     cache.v += 1
     model.decode(x[:, :18], p[:, :, :18], torch.ones(1, 32), cache)
-    assert_close("itself: chunked and cached = one pass", model.decode(x[:, 18:], p[:, :, 18:], torch.ones(1, 32), cache), model(**inputs)[:, 18:])
+    rest = model.decode(x[:, 18:], p[:, :, 18:], torch.ones(1, 32), cache)
+    assert_close("itself: chunked and cached = one pass", rest, model(**inputs)[:, 18:])
 
 
 def test_mask_goes_by_position(pairs):
@@ -141,7 +145,8 @@ def test_last_only_is_another_token(pairs):
     model, inputs = pairs("sdpa").ours, prompts(ROWS["padded batch"])
     x, (p, _) = embed(model, inputs), positions(model, inputs)
     every = model.decode(x, p, inputs["attention_mask"])
-    assert_close("itself: last logits = all logits", model.decode(x, p, inputs["attention_mask"], last_only=True), every[:, -1:])
+    last = model.decode(x, p, inputs["attention_mask"], last_only=True)
+    assert_close("itself: last logits = all logits", last, every[:, -1:])
 
 
 # ---------------------------------------------------------------------------- batches and pictures
@@ -173,9 +178,9 @@ def test_tower_runs_for_every_token(pairs, monkeypatch):
 
 
 def test_placeholders_and_vision_tokens_differ_in_number(pairs):
-    inputs = prompts(ROWS["one picture"])
+    inputs, grid = prompts(ROWS["one picture"]), torch.tensor([[1, 10, 26]])
     with pytest.raises(ValueError, match="130 placeholders for pictures, which take 65"):
-        pairs("sdpa").ours.embed(inputs["input_ids"], inputs["pixel_values"][:260], torch.tensor([[1, 10, 26]]))
+        pairs("sdpa").ours.embed(inputs["input_ids"], inputs["pixel_values"][:260], grid)
 
 
 # ---------------------------------------------------------------------------- without a device
@@ -186,7 +191,8 @@ def test_decode_step_waits_for_the_device(pairs):
     with torch.device("meta"):
         model = Qwen2_5_VL(config).requires_grad_(False)
         cache = KVCache(config, 2, 64, "meta", torch.float32)
-        token, position, mask = torch.zeros(2, 1).long(), torch.zeros(3, 2, 1).long(), torch.ones(2, 64).long()
+        token, position = torch.zeros(2, 1).long(), torch.zeros(3, 2, 1).long()
+        mask = torch.ones(2, 64).long()
         for _ in range(2):
             logits = model.decode(model.embed(token), position, mask, cache, last_only=True)
     assert logits.shape == (2, 1, config.vocab_size) and cache.length == 2
@@ -239,10 +245,13 @@ def random_case(seed):
 def test_random_mix(seed, tmp_path):
     """To see one again: pytest -k "random_mix[17]"."""
     changes, rows = random_case(seed)
-    pair, inputs = make_pair(tmp_path, attention=["sdpa", "eager"][seed % 2], seed=seed, **changes), prompts(rows, seed)
+    pair = make_pair(tmp_path, attention=["sdpa", "eager"][seed % 2], seed=seed, **changes)
+    inputs = prompts(rows, seed)
     mask, ours = inputs["attention_mask"], pair.ours(**inputs)
-    assert_close("logits of 40 random mixes", ours, hf_logits(pair.hf, inputs, positions(pair.ours, inputs)[0]), mask)
-    assert_close("itself: chunked and cached = one pass", in_chunks(pair.ours, inputs, padded=True), ours, mask)
+    theirs = hf_logits(pair.hf, inputs, positions(pair.ours, inputs)[0])
+    chunked = in_chunks(pair.ours, inputs, padded=True)
+    assert_close("logits of 40 random mixes", ours, theirs, mask)
+    assert_close("itself: chunked and cached = one pass", chunked, ours, mask)
     for b in range(len(rows)):
         single = one_row(inputs, rows, b)
         assert_close("itself: batch = single", ours[b, mask[b].bool()], pair.ours(**single)[0])
@@ -251,7 +260,8 @@ def test_random_mix(seed, tmp_path):
 def one_row(inputs, rows, b):
     """Row b of a batch, without its pads and the others' pictures."""
     single = dict(input_ids=inputs["input_ids"][b:b + 1, inputs["attention_mask"][b].bool()])
-    for length, pixels, grid in ((2, "pixel_values", "image_grid_thw"), (4, "pixel_values_videos", "video_grid_thw")):
+    for length, pixels, grid in ((2, "pixel_values", "image_grid_thw"),
+                                 (4, "pixel_values_videos", "video_grid_thw")):
         counts = [sum(isinstance(item, tuple) and len(item) == length for item in row) for row in rows]
         first, n = sum(counts[:b]), counts[b]
         if n:

@@ -4,6 +4,7 @@
 import json
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_sizes_rounded_half_up(size, expected):
 
 
 def test_sizes():
-    assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # longer than max_pixels allows: no side under 28
+    assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # above max_pixels: no side under 28
     rng = random.Random(0)
     for _ in range(2000):
         h, w = (int(10 ** rng.uniform(0.1, 3.7)) for _ in range(2))
@@ -128,7 +129,8 @@ def test_patch_rows():
     frames = np.arange(3 * 56 * 84 * 3, dtype=np.float32).reshape(3, 56, 84, 3)
     rows, grid = patchify(frames, 14, 2, 2)
     assert grid == (2, 4, 6)
-    rows = rows.reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)    # t, group row, group column, row, column, channel, frame, y, x
+    # t, group row, group column, row, column, channel, frame, y, x
+    rows = rows.reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
     assert np.array_equal(rows[0, 1, 2, 0, 1, 2, 1], frames[1, 28:42, 70:84, 2])
     assert np.array_equal(rows[1, 0, 1, 1, 0, 0, 0], frames[2, 14:28, 28:42, 0])
     assert np.array_equal(rows[1, :, :, :, :, :, 0], rows[1, :, :, :, :, :, 1])     # an odd frame is repeated
@@ -141,7 +143,8 @@ CONVERSATIONS = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [text("Hi")]}],
     user(image(RED), text("Describe this image.")),
-    user(text("\n\nFirst "), image(RED), text("\nthen  "), {"image_url": "x.png"}, {"type": "video", "video": []}, text("?\n")),
+    user(text("\n\nFirst "), image(RED), text("\nthen  "), {"image_url": "x.png"},
+         {"type": "video", "video": []}, text("?\n")),
     [{"role": "user", "content": [image(RED), text("What?")]}, {"role": "assistant", "content": "A red\n"},
      {"role": "user", "content": [text("one. "), text("Two"), text(" three.")]},
      {"role": "assistant", "content": [text("ok")]}, {"role": "user", "content": ""}],
@@ -156,9 +159,11 @@ def test_prompt_differs_from_the_published_template(published, processor, messag
 
 
 TEXTS = [
-    "Describe this image.", "\nHello", "  two  spaces \n\n and lines\n", "1234567890 3.14", "don't WE'LL it's",
-    "naïve café e\u0301 – “quotes”…", "漢字かな交じり文、テスト。", "👩‍👩‍👧 🇩🇪 emoji", "def f(x):\n\treturn x**2  # ok\r\n",
-    "العربية עברית", "\x00\x07 control \u200b", "<|im_end", "<tool_call>{}</tool_call>", "",
+    "Describe this image.", "\nHello", "  two  spaces \n\n and lines\n", "1234567890 3.14",
+    "don't WE'LL it's", "naïve café e\u0301 – “quotes”…",
+    "漢字かな交じり文、テスト。", "👩‍👩‍👧 🇩🇪 emoji",
+    "def f(x):\n\treturn x**2  # ok\r\n", "العربية עברית", "\x00\x07 control \u200b", "<|im_end",
+    "<tool_call>{}</tool_call>", "",
 ]
 
 
@@ -191,7 +196,8 @@ def test_typed_tool_call_is_cut_up(processor, token):
 
 
 def test_batch_padded_on_the_right(processor):
-    rows = [user(image(RED), text("What?")), user(text("A much longer question, without a picture, about nothing.")),
+    rows = [user(image(RED), text("What?")),
+            user(text("A much longer question, without a picture, about nothing.")),
             user(image(picture(100, 200)), image(RED), text("Compare."))]
     batch = processor(rows)
     assert batch["mm_token_type_ids"].dtype == torch.int32
@@ -223,7 +229,8 @@ def temporal(inputs, patches=48):
 
 
 def video(source, **more):
-    return user({"type": "video", "video": source, "min_pixels": 3136, "max_pixels": 50176} | more, text("What moves?"))
+    item = {"type": "video", "video": source, "min_pixels": 3136, "max_pixels": 50176} | more
+    return user(item, text("What moves?"))
 
 
 def test_frames_in_the_wrong_slice(processor):
@@ -254,9 +261,9 @@ def test_folder_in_alphabetical_order(processor, tmp_path):
     (3, 50, None, 2, 2 * 0.15 / 2),         # or as many as there are
 ])
 def test_animation_sampled(processor, tmp_path, count, delay, fps, expected, seconds):
-    frames = numbered(count)
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=delay, lossless=True)
-    inputs = processor(video(tmp_path / "a.webp", **({} if fps is None else {"fps": fps})))
+    frames, path = numbered(count), tmp_path / "a.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=delay, lossless=True)
+    inputs = processor(video(path, **({} if fps is None else {"fps": fps})))
     assert inputs["video_grid_thw"][0, 0] * 2 == expected
     assert inputs["second_per_grid_ts"][0].item() == pytest.approx(seconds)
     chosen = [frames[i] for i in np.linspace(0, count - 1, expected).round().astype(int)]
@@ -267,7 +274,8 @@ def test_video_pixels_unbounded(published, tmp_path):
     """A frame's limits: the item's, else the checkpoint's, else what is left of the video's budget."""
     def grid(processor, n, **item):
         frames = [Image.new("RGB", (1920, 1080))] * n
-        return processor(user({"type": "video", "video": frames, "fps": 2} | item))["video_grid_thw"][0].tolist()
+        inputs = processor(user({"type": "video", "video": frames, "fps": 2} | item))
+        return inputs["video_grid_thw"][0].tolist()
 
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((published[0] / name).read_bytes())
@@ -280,7 +288,8 @@ def test_video_pixels_unbounded(published, tmp_path):
     assert grid(plain, 20) == [10, *(s // 14 for s in smart_resize(1080, 1920, 28, 100352, plain_high))]
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(
         dict(size=dict(shortest_edge=3136, longest_edge=100_000))))
-    assert grid(load_processor(tmp_path), 2) == [1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 100_000))]
+    assert grid(load_processor(tmp_path), 2) == [
+        1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 100_000))]
 
 
 # ---------------------------------------------------------------------------- settings and mistakes
@@ -289,10 +298,12 @@ def test_settings_of_transformers_5(published, tmp_path):
     """processor_config.json with an image_processor block, and sizes by edges."""
     (tmp_path / "tokenizer.json").write_bytes((published[0] / "tokenizer.json").read_bytes())
     (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_processor=dict(
-        size=dict(shortest_edge=784, longest_edge=7840), image_mean=[0.5] * 3, image_std=[0.5] * 3, merge_size=2))))
+        size=dict(shortest_edge=784, longest_edge=7840), image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        merge_size=2))))
     processor = load_processor(tmp_path)
     assert (processor.min_pixels, processor.max_pixels) == (784, 7840)
-    assert processor(user(image(Image.new("RGB", (56, 56), "white"))))["pixel_values"].unique().tolist() == [1.0]
+    white = user(image(Image.new("RGB", (56, 56), "white")))
+    assert processor(white)["pixel_values"].unique().tolist() == [1.0]
 
 
 def damaged(tmp_path):
@@ -307,8 +318,8 @@ def damaged(tmp_path):
     Image.fromarray(np.zeros((60, 60), np.uint16)).save(tmp_path / "deep.png")
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     good = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "bomb.png").write_bytes(good[:16] + header + struct.pack(">I", __import__("zlib").crc32(b"IHDR" + header))
-                                        + good[33:])
+    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "bomb.png").write_bytes(good[:16] + header + checksum + good[33:])
     return tmp_path
 
 

@@ -25,15 +25,15 @@ def steady(text):
 
 
 def quick(block):
-    return [(command, output) for command, output in re.findall(r"^\$ (python .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
-            if "Qwen/" not in command]
+    pairs = re.findall(r"^\$ (python .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    return [(command, output) for command, output in pairs if "Qwen/" not in command]
 
 
 @pytest.mark.parametrize("command, output", [pair for block in CONSOLE for pair in quick(block)])
 def test_command_prints_something_else(command, output):
     command = command.replace("python", sys.executable, 1)
-    run = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                         timeout=100)
+    run = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, timeout=100)
     assert run.returncode == 0, run.stdout
     assert steady(run.stdout) == steady(output)
 
@@ -52,7 +52,8 @@ def test_table_of_published_checkpoints(tmp_path):
     tokens = height * width // 28**2
     assert f"{tokens:,} tokens" in README
     for size, (*_, weights, _) in FAMILY.items():
-        per_token = KVCache(load_config(write(tmp_path, flat(size))), 1, 1, "meta", torch.bfloat16).k.nbytes * 2
+        config = load_config(write(tmp_path, flat(size)))
+        per_token = KVCache(config, 1, 1, "meta", torch.bfloat16).k.nbytes * 2
         row = f"| {weights / 1e9:.1f} GB | {per_token / 1e3:.0f} MB | {per_token * tokens / 1e6:.0f} MB |"
         assert re.search(rf"\| \S*{size}\S* {re.escape(row)}", README), (size, row)
 

@@ -14,7 +14,8 @@ GRIDS = torch.tensor([[1, 20, 24], [3, 6, 10], [1, 4, 4]])
 
 
 def only_positions(inputs):
-    return {name: value for name, value in inputs.items() if "pixel" not in name and name != "mm_token_type_ids"}
+    return {name: value for name, value in inputs.items()
+            if "pixel" not in name and name != "mm_token_type_ids"}
 
 
 def test_patches_in_raster_order():
@@ -36,8 +37,8 @@ def test_sections_interleaved(dtype):
     early.
     """
     rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).text_config)
-    positions = torch.stack([torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30)])
-    positions = positions.unsqueeze(1).repeat(1, 2, 1)
+    axes = (torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30))
+    positions = torch.stack(axes).unsqueeze(1).repeat(1, 2, 1)
     theirs = rotary(torch.zeros(1, dtype=dtype), positions)
     for a, b in zip(mrope_rotary(positions, 32, 1e6, (4, 6, 6), dtype), theirs):
         assert_equal("cos and sin, decoder", a, b)
@@ -59,7 +60,8 @@ def test_rotary_of_neighbours_instead_of_halves():
 def test_text_after_a_picture_counts_its_tokens(rows, pairs):
     inputs = only_positions(prompts(rows))
     ours, following = mrope_positions(**inputs, **IDS)
-    theirs, deltas = pairs("sdpa").hf.model.get_rope_index(**inputs, mm_token_type_ids=prompts(rows)["mm_token_type_ids"])
+    types = prompts(rows)["mm_token_type_ids"]
+    theirs, deltas = pairs("sdpa").hf.model.get_rope_index(**inputs, mm_token_type_ids=types)
     real = inputs["attention_mask"].bool()
     assert_equal("positions of text and pictures", ours[:, real], theirs[:, real])
     assert torch.equal(following, deltas[:, 0] + real.sum(1))
@@ -94,7 +96,8 @@ def test_seconds_times_speed_before_index():
     """(i * seconds) * speed in float32, in this order: i * (seconds * speed) truncates to another number."""
     ids = torch.full((1, 50), VIDEO)
     positions, _ = mrope_positions(
-        ids, **IDS | dict(tokens_per_second=25), video_grid_thw=torch.tensor([[50, 2, 2]]), second_per_grid_ts=[0.28])
+        ids, **IDS | dict(tokens_per_second=25), video_grid_thw=torch.tensor([[50, 2, 2]]),
+        second_per_grid_ts=[0.28])
     expected = [int(torch.tensor(i * 1.0) * 0.28 * 25) for i in range(50)]
     other = [int(torch.tensor(i * 1.0) * (0.28 * 25)) for i in range(50)]
     assert positions[0, 0].tolist() == expected != other

@@ -2,20 +2,21 @@
 
 import json
 
-import pytest
-import torch
-from PIL import Image
-
 import boxes
 import bugs
+import pytest
+import torch
 import train_tiny
+from PIL import Image
+
 from processing import load_processor
 
 
 @pytest.mark.parametrize("answer, expected", [
     ('```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "red circle"}]\n```', [((1, 2, 30, 40), "red circle")]),
     ('{"bbox_2d": [1, 2, 30, 40.5], "label": "a"}', [((1, 2, 30, 40.5), "a")]),
-    ('[{"label": "a", "bbox_2d": [1, 2, 3, 4]}, {"bbox_2d":[5,6,7,8]}]', [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "")]),
+    ('[{"label": "a", "bbox_2d": [1, 2, 3, 4]}, {"bbox_2d":[5,6,7,8]}]',
+     [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "")]),
     ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6', [((1, 2, 3, 4), "a")]),
     ('[{"bbox_2d": [1, 2, 3], "label": "a"}, {"bbox_2d": "x"}, {not json}]', []),
     ("```json\n[]\n```", []),
@@ -51,7 +52,7 @@ def test_tree_differs_from_the_conversation_it_stands_for():
         _, h, w = batch["grid"]
         for kind, b, start, stop in batch["answers"][:8]:
             picture = batch["pixels"].view(2, h * w, -1)[b]
-            alone = batch["visible"][b, stop - 1]                       # what the last token before <|im_end|> sees
+            alone = batch["visible"][b, stop - 1]       # what the last token before <|im_end|> sees
             ids = batch["input_ids"][b, alone][None]
             trainer.attend.mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).masked_fill(
                 torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), -1e30)
@@ -67,7 +68,8 @@ def test_training_does_not_resume(tmp_path, capsys):
     assert all(torch.equal(first[name], again[name]) for name in ("input_ids", "pixels", "visible"))
     train_tiny.train(tmp_path / "whole", steps=4, **settings)
     assert "on from step 3" in capsys.readouterr().err
-    assert [json.loads(line)["step"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()] == [3, 4]
+    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [3, 4]
     assert (tmp_path / "whole" / "loss.png").stat().st_size > 5000
 
 
@@ -82,8 +84,10 @@ def test_evaluation(tmp_path, capsys, monkeypatch):
 
 def test_f1_counts_a_box_twice():
     def answer(kind, expected, got):
-        return train_tiny.Answer(kind, "", train_tiny.boxes_answer(expected), train_tiny.boxes_answer(got), None)
-    one, two = train_tiny.Thing("red", "circle", (0, 0, 40, 40)), train_tiny.Thing("red", "star", (0, 0, 40, 40))
+        expected, got = train_tiny.boxes_answer(expected), train_tiny.boxes_answer(got)
+        return train_tiny.Answer(kind, "", expected, got, None)
+    box = (0, 0, 40, 40)
+    one, two = train_tiny.Thing("red", "circle", box), train_tiny.Thing("red", "star", box)
     assert train_tiny.f1([answer("every", [one], [one])]) == 1
     assert train_tiny.f1([answer("every", [one], [one, one])]) == pytest.approx(2 / 3)
     assert train_tiny.f1([answer("every", [one], [two])]) == 0

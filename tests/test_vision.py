@@ -39,9 +39,11 @@ def test_window_membership(grids):
     """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they
     were.
     """
-    order, layouts = window_order(torch.tensor(grids), merge_size=2, window=4)
-    sizes = [patches // 4 for frames, runs in layouts for _ in range(frames) for n, patches in runs for _ in range(n)]
-    theirs, ends = get_vision_window_index(torch.tensor(grids), spatial_merge_size=2, window_size=112, patch_size=14)
+    grid_thw = torch.tensor(grids)
+    order, layouts = window_order(grid_thw, merge_size=2, window=4)
+    sizes = [patches // 4 for frames, runs in layouts for _ in range(frames)
+             for n, patches in runs for _ in range(n)]
+    theirs, ends = get_vision_window_index(grid_thw, spatial_merge_size=2, window_size=112, patch_size=14)
     their_sizes = (ends.diff() // 4).tolist()
     members = lambda order, sizes: {frozenset(window.tolist()) for window in order.split(sizes)}
     assert_equal("members of windows", members(order, sizes), members(theirs, their_sizes))
@@ -68,8 +70,8 @@ def test_windows_one_call_each(pairs, monkeypatch):
     """A windowed block makes at most four attention calls per item, whatever its size, a full one makes one.
     """
     tower, calls = pairs("sdpa").ours.visual, []
-    for block in tower.blocks:
-        def counted(*args, number=len(calls)):
+    for number, block in enumerate(tower.blocks):
+        def counted(*args, number=number):
             calls[number] += 1
             return vision.sdpa(*args)
         monkeypatch.setattr(block.attn, "attend", counted)
@@ -124,9 +126,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
-                self.elements = max(self.elements, tensor.numel())
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.parameters:
+                self.elements = max(self.elements, x.numel())
         return out
 
 

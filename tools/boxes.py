@@ -7,21 +7,22 @@ The model answers in pixels of the resized picture, the only one it has seen. He
 original, per axis, before they are printed and drawn.
 """
 
-import argparse
 import json
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
 from load_weights import checkpoint, load_generation_config, load_model
 from model import Qwen2_5_VL
 from processing import Box, Processor, Size, load_processor, open_image, to_original
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_boxes(answer: str) -> list[tuple[Box, str]]:
@@ -40,7 +41,9 @@ def read_boxes(answer: str) -> list[tuple[Box, str]]:
     return boxes
 
 
-def locate(model: Qwen2_5_VL, processor: Processor, picture: Image.Image, prompt: str, **settings) -> tuple[str, Size]:
+def locate(
+    model: Qwen2_5_VL, processor: Processor, picture: Image.Image, prompt: str, **settings
+) -> tuple[str, Size]:
     """The answer to a prompt about a picture, and the (height, width) of the picture it speaks of."""
     content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
     inputs = processor([{"role": "user", "content": content}])
@@ -56,8 +59,8 @@ def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Imag
     width = max(1, round(min(picture.size) / 200))
     for box, label in boxes:
         draw.rectangle(box, outline="white", width=3 * width)
-        draw.rectangle([edge + side for edge, side in zip(box, (width, width, -width, -width))], outline="black",
-                       width=width)
+        inner = [edge + side for edge, side in zip(box, (width, width, -width, -width))]
+        draw.rectangle(inner, outline="black", width=width)
         place = (box[0] + 3 * width, box[1] + 3 * width)
         draw.rectangle(draw.textbbox(place, label), fill="black")
         draw.text(place, label, fill="white")
@@ -65,11 +68,12 @@ def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Imag
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("picture")
     parser.add_argument("prompt")
     parser.add_argument("out", help="the picture to write")
-    parser.add_argument("--model", default=ROOT / "tiny", help="a checkpoint's directory or hub id (default: tiny/)")
+    parser.add_argument("--model", default=ROOT / "tiny",
+                        help="a checkpoint's directory or hub id (default: tiny/)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args(argv)
@@ -87,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps([{"bbox_2d": box, "label": label} for box, label in boxes]))
     else:
-        print("\n".join(f"{label}: {', '.join(map(str, box))}" for box, label in boxes) or f"no boxes in: {answer}")
+        lines = [f"{label}: {', '.join(map(str, box))}" for box, label in boxes]
+        print("\n".join(lines) or f"no boxes in: {answer}")
     return 0
 
 

@@ -26,13 +26,13 @@ see the
 Positions, boxes and lists come late: lists and videos are mixed in from 55 % of the steps on.
 """
 
-import argparse
 import io
 import json
 import math
 import random
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,12 +49,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import vision
 from boxes import read_boxes
+
+import processing
+import vision
 from generate import generate
 from load_weights import load_config, load_generation_config, load_model
 from model import Config, Qwen2_5_VL
-from processing import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Box, Processor, load_processor
+from processing import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Box, Processor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -128,7 +130,8 @@ class Scene:
             self.masks.append(mask)
             self.paints.append(tuple(min(255, max(0, c + rng.randint(-20, 20))) for c in COLORS[color]))
         order = sorted(range(len(self.things)), key=lambda i: self.things[i].box[1])
-        self.things, self.masks, self.paints = ([a[i] for i in order] for a in (self.things, self.masks, self.paints))
+        drawn = self.things, self.masks, self.paints
+        self.things, self.masks, self.paints = ([row[i] for i in order] for row in drawn)
 
     def draw(self, offset: tuple[int, int] = (0, 0), moving: int = 0) -> Image.Image:
         """The picture, with one thing moved by an offset."""
@@ -196,7 +199,8 @@ def moving_scene(
         step = rng.randint(4, 12)
         far = step * (frames - 1)
         x1, y1, x2, y2 = thing.box
-        path = (min(x1, x1 + dx * far), min(y1, y1 + dy * far), max(x2, x2 + dx * far), max(y2, y2 + dy * far))
+        path = (min(x1, x1 + dx * far), min(y1, y1 + dy * far),
+                max(x2, x2 + dx * far), max(y2, y2 + dy * far))
         others = [other for other in scene.things if other is not thing]
         if (path[0] < 0 or path[1] < 0 or path[2] > width or path[3] > height
                 or any(other.shape == thing.shape or overlaps(path, other.box) for other in others)):
@@ -207,10 +211,11 @@ def moving_scene(
 
 # ---------------------------------------------------------------------------- the empty checkpoint
 
-SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-           "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>").split()
-NOT_SPECIAL = ("<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
-         "<|file_sep|>").split()
+SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+           "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+           "<|image_pad|> <|video_pad|>").split()
+NOT_SPECIAL = ("<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
+               "<|repo_name|> <|file_sep|>").split()
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 TEMPLATE = (
@@ -221,12 +226,14 @@ TEMPLATE = (
     "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
     "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif content['type'] == 'video' or 'video' in content %}"
     "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -248,7 +255,8 @@ def make_tokenizer() -> Tokenizer:
     ])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=2000, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in NOT_SPECIAL])
     return tokenizer
@@ -261,8 +269,9 @@ def make_checkpoint(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL + NOT_SPECIAL}
     config = dict(
-        architectures=["Qwen2_5_VLForConditionalGeneration"], attention_dropout=0.0, bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids[IM_END], vision_start_token_id=ids[VISION_START], vision_end_token_id=ids[VISION_END],
+        architectures=["Qwen2_5_VLForConditionalGeneration"], attention_dropout=0.0,
+        bos_token_id=ids["<|endoftext|>"], eos_token_id=ids[IM_END],
+        vision_start_token_id=ids[VISION_START], vision_end_token_id=ids[VISION_END],
         vision_token_id=ids["<|vision_pad|>"], image_token_id=ids[IMAGE_PAD], video_token_id=ids[VIDEO_PAD],
         hidden_act="silu", hidden_size=192, initializer_range=0.02, intermediate_size=384,
         max_position_embeddings=32768, max_window_layers=5, model_type="qwen2_5_vl", num_attention_heads=6,
@@ -272,25 +281,28 @@ def make_checkpoint(path: Path) -> None:
             depth=4, hidden_act="silu", hidden_size=128, intermediate_size=288, num_heads=4, in_chans=3,
             out_hidden_size=192, patch_size=14, spatial_merge_size=2, spatial_patch_size=14, window_size=112,
             fullatt_block_indexes=[1, 3], tokens_per_second=2, temporal_patch_size=2),
-        rope_scaling=dict(type="mrope", mrope_section=[2, 5, 9]), vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
+        rope_scaling=dict(type="mrope", mrope_section=[2, 5, 9]),
+        vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
     )
     pixels = dict(
         min_pixels=112 * 112, max_pixels=224 * 224, patch_size=14, temporal_patch_size=2, merge_size=2,
         image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
         image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
     frames = {key: value for key, value in pixels.items() if not key.endswith("_pixels")} | dict(
-        size=dict(shortest_edge=112 * 112, longest_edge=224 * 224), video_processor_type="Qwen2VLVideoProcessor")
+        size=dict(shortest_edge=112 * 112, longest_edge=224 * 224),
+        video_processor_type="Qwen2VLVideoProcessor")
     generation = dict(bos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False,
                       eos_token_id=[ids[IM_END], ids["<|endoftext|>"]], repetition_penalty=1.0)
-    added = {str(ids[token]): dict(content=token, lstrip=False, normalized=False, rstrip=False, single_word=False,
-                                   special=token in SPECIAL) for token in SPECIAL + NOT_SPECIAL}
+    added = {str(n): dict(content=token, lstrip=False, normalized=False, rstrip=False, single_word=False,
+                          special=token in SPECIAL) for token, n in ids.items()}
     tokens = dict(
-        add_prefix_space=False, added_tokens_decoder=added, additional_special_tokens=SPECIAL[1:], bos_token=None,
-        chat_template=TEMPLATE, clean_up_tokenization_spaces=False, eos_token=IM_END, errors="replace",
-        model_max_length=32768, pad_token="<|endoftext|>", split_special_tokens=False,
+        add_prefix_space=False, added_tokens_decoder=added, additional_special_tokens=SPECIAL[1:],
+        bos_token=None, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, eos_token=IM_END,
+        errors="replace", model_max_length=32768, pad_token="<|endoftext|>", split_special_tokens=False,
         tokenizer_class="Qwen2Tokenizer", unk_token=None)
-    for name, content in (("config", config), ("preprocessor_config", pixels), ("video_preprocessor_config", frames),
-                          ("generation_config", generation), ("tokenizer_config", tokens)):
+    files = dict(config=config, preprocessor_config=pixels, video_preprocessor_config=frames,
+                 generation_config=generation, tokenizer_config=tokens)
+    for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -314,9 +326,9 @@ class Batches(torch.utils.data.Dataset):
 
     def stem(self, placeholder: str, count: int) -> list[int]:
         """What comes before the question."""
-        return [self.control(IM_START), *self.ids("system\nYou are a helpful assistant."), self.control(IM_END),
-                *self.ids("\n"), self.control(IM_START), *self.ids("user\n"), self.control(VISION_START),
-                *[self.control(placeholder)] * count, self.control(VISION_END)]
+        return [self.control(IM_START), *self.ids("system\nYou are a helpful assistant."),
+                self.control(IM_END), *self.ids("\n"), self.control(IM_START), *self.ids("user\n"),
+                self.control(VISION_START), *[self.control(placeholder)] * count, self.control(VISION_END)]
 
     def branch(self, question: str, answer: str) -> tuple[list[int], int]:
         """Question and answer, and where the answer begins."""
@@ -344,8 +356,9 @@ class Batches(torch.utils.data.Dataset):
         frames = rng.randint(4, 8) if late and rng.random() < VIDEOS else 1
         scenes, pictures, asked = zip(*(self.ask(rng, late, frames, width, height) for _ in range(self.size)))
         pixels, grids = zip(*(self.processor.patches(frames, 1, 10**9) for frames in pictures))
-        stem = self.stem(VIDEO_PAD if frames > 1 else IMAGE_PAD, math.prod(grids[0]) // self.processor.merge_size**2)
-        branches = [[(kind, *self.branch(question, answer)) for kind, question, answer in row] for row in asked]
+        merged = math.prod(grids[0]) // self.processor.merge_size**2
+        stem = self.stem(VIDEO_PAD if frames > 1 else IMAGE_PAD, merged)
+        branches = [[(kind, *self.branch(*words)) for kind, *words in row] for row in asked]
 
         T = len(stem) + max(sum(len(ids) for _, ids, _ in row) for row in branches)
         input_ids = torch.zeros(self.size, T, dtype=torch.int64)
@@ -365,13 +378,15 @@ class Batches(torch.utils.data.Dataset):
         seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
         cells = None if frames > 1 else torch.stack([cell_targets(scene) for scene in scenes])
         return dict(
-            step=step, input_ids=input_ids, stem=len(stem), offset=offset, visible=seen & torch.ones(T, T).tril().bool(),
-            labels=labels, answers=answers, pixels=torch.from_numpy(np.concatenate(pixels)), grid=grids[0], cells=cells)
+            step=step, input_ids=input_ids, stem=len(stem), offset=offset,
+            visible=seen & torch.ones(T, T).tril().bool(), labels=labels, answers=answers,
+            pixels=torch.from_numpy(np.concatenate(pixels)), grid=grids[0], cells=cells)
 
 
 def cell_targets(scene: Scene) -> Tensor:
     """Of the thing that covers most of each cell: shape, color (0 for none), x1, y1, x2, y2. (cells, 6)"""
-    rows = [[0] * 6] + [[SHAPES.index(t.shape) + 1, list(COLORS).index(t.color) + 1, *t.box] for t in scene.things]
+    rows = [[0] * 6]
+    rows += [[SHAPES.index(t.shape) + 1, list(COLORS).index(t.color) + 1, *t.box] for t in scene.things]
     return torch.tensor(rows)[scene.cells(CELL).flatten()]
 
 
@@ -387,7 +402,7 @@ class TreeAttention:
 
 class Hints(nn.Module):
     """The auxiliary layers: what covers each cell of the picture, and where its box is."""
-    KIND, BOX, DIGITS = 5 + 8, 4, 4 * 3 * 10        # logits of shape and color, sides of the box, their digits
+    KIND, BOX, DIGITS = 5 + 8, 4, 4 * 3 * 10        # logits of shape and color, sides of a box, their digits
 
     def __init__(self, width: int):
         super().__init__()
@@ -396,7 +411,8 @@ class Hints(nn.Module):
 
     def kind_loss(self, x: Tensor, cells: Tensor) -> Tensor:
         shape, color = x[..., :5].flatten(0, 1), x[..., 5:13].flatten(0, 1)
-        return F.cross_entropy(shape, cells[..., 0].flatten()) + F.cross_entropy(color, cells[..., 1].flatten())
+        return (F.cross_entropy(shape, cells[..., 0].flatten())
+                + F.cross_entropy(color, cells[..., 1].flatten()))
 
     def near_loss(self, merged: Tensor, cells: Tensor, rows: int, columns: int) -> Tensor:
         """From the tower's tokens (B, cells, C); boxes relative to the middle of the cell."""
@@ -432,7 +448,8 @@ class Trainer:
              dict(params=[m for m in self.masters if m.ndim == 1], weight_decay=0.0)], betas=(0.9, 0.98))
         self.caught = {}
         self.model.visual.register_forward_hook(lambda *args: self.caught.update(merged=args[-1]))
-        self.model.model.layers[hint_layer].register_forward_hook(lambda *args: self.caught.update(hidden=args[-1]))
+        hinted = self.model.model.layers[hint_layer]
+        hinted.register_forward_hook(lambda *args: self.caught.update(hidden=args[-1]))
 
     def state(self, step: int) -> dict:
         return dict(step=step, masters=self.masters, optimizer=self.optimizer.state_dict())
@@ -460,8 +477,8 @@ class Trainer:
         names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
         x = self.model.embed(batch["input_ids"], **dict(zip(names, (batch["pixels"], packed))))
         lowest = torch.finfo(x.dtype).min
-        self.attend.mask = torch.zeros(batch["visible"].shape, dtype=x.dtype).masked_fill(~batch["visible"], lowest)
-        self.attend.mask = self.attend.mask[:, None]
+        unseen = ~batch["visible"][:, None]
+        self.attend.mask = torch.zeros(unseen.shape, dtype=x.dtype).masked_fill(unseen, lowest)
         return self.model.decode(x, positions).float()
 
     def losses(self, batch: dict, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[bool]]]:
@@ -485,7 +502,9 @@ class Trainer:
                 losses["far"] = self.hints.far_loss(hidden, batch["cells"])
         return losses, right
 
-    def step(self, batch: dict, tower_only: bool, progress: float) -> tuple[dict[str, float], dict[str, list[bool]]]:
+    def step(
+        self, batch: dict, tower_only: bool, progress: float
+    ) -> tuple[dict[str, float], dict[str, list[bool]]]:
         """One update at a share `progress` of all steps: linear warm-up over 200 steps, then a cosine to
         zero.
         """
@@ -496,8 +515,9 @@ class Trainer:
         for p, master in zip(self.parameters, self.masters):
             master.grad = None if p.grad is None else p.grad.float()
         nn.utils.clip_grad_norm_(self.masters, 1.0)
+        rate = self.rate * min(1, (batch["step"] + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1, (batch["step"] + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            group["lr"] = rate
         self.optimizer.step()
         self.publish()
         return {name: loss.item() for name, loss in losses.items()}, right
@@ -505,7 +525,7 @@ class Trainer:
 
 def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: float) -> None:
     make_checkpoint(work)
-    processor, trainer = load_processor(work), Trainer(load_config(work), seed, rate)
+    processor, trainer = processing.load_processor(work), Trainer(load_config(work), seed, rate)
     saved, log, start = work / "state.pt", work / "log.jsonl", 0
     if saved.exists():
         start = trainer.restore(torch.load(saved, weights_only=True))
@@ -515,13 +535,15 @@ def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: 
     clock, losses, right = time.time(), {}, {}
     for batch in loader:
         step = batch["step"] + 1
-        for collected, new in zip((losses, right), trainer.step(batch, step <= tower_steps, batch["step"] / steps)):
+        update = trainer.step(batch, step <= tower_steps, batch["step"] / steps)
+        for collected, new in zip((losses, right), update):
             for name, value in new.items():
                 collected.setdefault(name, []).extend(value if isinstance(value, list) else [value])
         if step % 50 == 0 or step == steps:
             row = dict(step=step, seconds=(time.time() - clock) / 50)
             row |= {name: sum(values) / len(values) for name, values in (losses | right).items()}
-            print(f"{step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"), flush=True)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step")
+            print(f"{step}/{steps}  {shown}", flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             clock, losses, right = time.time(), {}, {}
@@ -535,8 +557,9 @@ def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: 
 def draw_curve(log: Path, path: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    kinds = ("describe", "count", "color", "locate", "every", "video")
     for axis, names, title in ((axes[0], ("near", "far", "answer"), "loss"),
-                               (axes[1], ("describe", "count", "color", "locate", "every", "video"), "right answers")):
+                               (axes[1], kinds, "right answers")):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
@@ -584,12 +607,12 @@ def good(answer: Answer) -> bool:
     if answer.kind == "locate":
         expected, got = read_boxes(answer.expected), read_boxes(answer.got)
         return len(got) == 1 and got[0][1] == expected[0][1] and iou(got[0][0], expected[0][0]) > 0.5
-    return f1([answer]) == 1 or answer.expected == answer.got if answer.kind == "every" else answer.expected == answer.got
+    return answer.expected == answer.got or answer.kind == "every" and f1([answer]) == 1
 
 
 def answers(model: Qwen2_5_VL, path: Path, seed: int, scenes: int) -> Iterator[Answer]:
     """One question of every kind about each of a number of scenes, asked as a user would."""
-    processor, settings = load_processor(path), load_generation_config(path)
+    processor, settings = processing.load_processor(path), load_generation_config(path)
     for n in range(scenes):
         rng = random.Random(f"evaluation {seed} {n}")
         width, height = rng.choice(SIDES), rng.choice(SIDES)
@@ -603,7 +626,8 @@ def answers(model: Qwen2_5_VL, path: Path, seed: int, scenes: int) -> Iterator[A
                 for media, question, _ in asked.values()]
         ids = torch.stack(list(generate(model, processor(rows), **settings)), dim=1)
         for row, (kind, (_, question, answer)) in zip(ids, asked.items()):
-            yield Answer(kind, question, answer, processor.decode(row), frames[-1] if kind == "video" else picture)
+            shown = frames[-1] if kind == "video" else picture
+            yield Answer(kind, question, answer, processor.decode(row), shown)
 
 
 AIMS = dict(describe=0.95, locate=0.95, count=0.97, color=0.98, every=0.90, video=0.95)
@@ -616,8 +640,8 @@ def table(collected: list[Answer]) -> str:
         some = [answer for answer in collected if answer.kind == kind]
         share = sum(map(good, some)) / len(some)
         if kind == "locate":
-            overlaps = [max([iou(read_boxes(a.expected)[0][0], box) for box, _ in read_boxes(a.got)], default=0)
-                        for a in some]
+            overlaps = [max([iou(read_boxes(a.expected)[0][0], box) for box, _ in read_boxes(a.got)],
+                            default=0) for a in some]
             rows.append(f"| Locate the red circle. | mean IoU | {sum(overlaps) / len(overlaps):.2f} | 0.80 |")
         question, measure, value = {
             "describe": ("Describe the image.", "exact", share), "locate": ("", "IoU above 0.5", share),
@@ -639,7 +663,8 @@ def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
             for (x1, y1, x2, y2), _ in read_boxes(text):
                 axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color))
         short = lambda text: "; ".join(f"{label} {box}" for box, label in read_boxes(text)) or text
-        axis.set_title(f"{answer.question}\n{short(answer.expected)}\n{short(answer.got)}", fontsize=7, wrap=True)
+        title = f"{answer.question}\n{short(answer.expected)}\n{short(answer.got)}"
+        axis.set_title(title, fontsize=7, wrap=True)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
@@ -647,15 +672,17 @@ def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--work", type=Path, default=Path("runs/tiny"), help="where the checkpoint grows; an interrupted run goes on")
+    add("--work", type=Path, default=Path("runs/tiny"),
+        help="where the checkpoint grows; an interrupted run goes on")
     add("--seed", type=int, default=1)
     add("--steps", type=int, default=4500)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=32, help="pictures")
     add("--lr", type=float, default=1.2e-3)
-    add("--evaluate", type=Path, metavar="DIR", help="instead of training print how well a checkpoint answers")
+    add("--evaluate", type=Path, metavar="DIR",
+        help="instead of training print how well a checkpoint answers")
     add("--scenes", type=int, default=500, help="for --evaluate")
     add("--failures", type=Path, metavar="PNG", help="for --evaluate: draw wrong answers")
     args = parser.parse_args()

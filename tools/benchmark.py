@@ -1,0 +1,376 @@
+"""Time this implementation against Hugging Face's, in one process, in turns, on the same tensors.
+
+    python tools/benchmark.py                                       # the CPU sizes: two minutes
+    python tools/benchmark.py 7B 32B --device cuda --json out.json  # random weights need no download
+    python tools/benchmark.py layer --plot assets/speed.png
+
+"HF" is transformers with sdpa and without compilation; on CUDA its better time with and without cuDNN attention,
+and for decoding a row more, with static cache and compilation. Only ratios count: machines differ, and drift. Each
+is the median of ten pairs, with the smallest and the largest. A size whose outputs disagree gets no ratios: in
+float32 logits must agree to 1e-5 of the largest and tokens be equal; in bfloat16 neither may be further from the
+float32 result than 1.5 times the other. That is looked at with at most four layers of each tower.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import generate
+from load_weights import PUBLISHED_PREFIX, load_config, load_model
+from model import KVCache, Qwen2_5_VL
+
+PAIRS, TOLERANCE, BFLOAT16_FACTOR = 10, 1e-5, 1.5
+COPY_BYTES = 2 * 2**30
+
+VISION = dict(
+    depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_channels=3, patch_size=14, window_size=112,
+    spatial_merge_size=2, temporal_patch_size=2, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+
+
+def size_config(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocabulary: int, tied: bool, **tower) -> dict:
+    section = [16, 24, 24] if hidden // heads == 128 else [2, 3, 3]
+    text = dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=mlp, vocab_size=vocabulary, rms_norm_eps=1e-6, max_position_embeddings=128000,
+        tie_word_embeddings=tied,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=section))
+    last = vocabulary - 4
+    return dict(
+        model_type="qwen2_5_vl", text_config=text, vision_config=VISION | dict(out_hidden_size=hidden) | tower,
+        tie_word_embeddings=tied, image_token_id=last, video_token_id=last + 1, vision_start_token_id=last + 2,
+        vision_end_token_id=last + 3)
+
+
+SMALL_TOWER = dict(depth=2, fullatt_block_indexes=[1])
+SIZES = {
+    "host": size_config(64, 28, 4, 2, 128, 512, True, **SMALL_TOWER, hidden_size=64, intermediate_size=128, num_heads=4),
+    "layer": size_config(2048, 1, 16, 2, 11008, 151936, True, **SMALL_TOWER),
+    "3B": size_config(2048, 36, 16, 2, 11008, 151936, True),
+    "7B": size_config(3584, 28, 28, 4, 18944, 152064, False),
+    "32B": size_config(5120, 64, 40, 8, 27648, 152064, False, intermediate_size=3456),
+}
+CPU_SIZES = ("tiny", "host", "layer")
+
+
+@dataclass
+class Row:
+    """One thing timed: seconds of each of the pairs."""
+    size: str
+    what: str
+    ours: list[float] = field(default_factory=list)
+    hf: list[float] = field(default_factory=list)
+    remark: str = ""
+
+    def text(self) -> str:
+        ratios = sorted(hf / ours for ours, hf in zip(self.ours, self.hf))
+        seconds = [f"{1e3 * statistics.median(times):.3g} ms" for times in (self.ours, self.hf)]
+        return (f"| {self.size} | {self.what} | {seconds[0]} | {seconds[1]} | **{statistics.median(ratios):.2f}** | "
+                f"{ratios[0]:.2f} .. {ratios[-1]:.2f} | {self.remark} |")
+
+
+HEADER = "| size | what | ours | HF | HF / ours | least .. most | |\n|---|---|---|---|---|---|---|"
+
+
+# ---------------------------------------------------------------------------- two models, one set of tensors
+
+def make_pair(config: dict, device: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL]:
+    """Hugging Face's model with random weights, and ours with the very same tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            hf = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**config), attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for p in hf.eval().requires_grad_(False).parameters():
+        p.normal_(0, 0.7 / p[0].numel() ** 0.5) if p.ndim > 1 else p.normal_(1, 0.1)
+    return hf, ours_of(hf)
+
+
+def ours_of(hf: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VL:
+    with tempfile.TemporaryDirectory() as directory, torch.device("meta"):
+        hf.config.save_pretrained(directory)
+        ours = Qwen2_5_VL(load_config(directory))
+    state = hf.state_dict()
+    for live, published in PUBLISHED_PREFIX.items():
+        state = {published + name.removeprefix(live) if name.startswith(live) else name: p for name, p in state.items()}
+    if ours.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    ours.load_state_dict(state, strict=True, assign=True)
+    hf.generation_config.eos_token_id = None
+    return ours.eval().requires_grad_(False)
+
+
+def picture(side: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    patches = side // 14
+    pixels = torch.randn(patches**2, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    return pixels.to(device, dtype), torch.tensor([[1, patches, patches]])
+
+
+def prompt(config: dict | object, side: int, text: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """A picture and some text, as a processor gives them."""
+    pixels, grid = picture(side, dtype, device)
+    image = [config.vision_start_token_id] + [config.image_token_id] * (len(pixels) // 4) + [config.vision_end_token_id]
+    words = torch.randint(0, 256, (text,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.tensor([words[:8] + image + words[8:]], device=device)
+    types = (ids == config.image_token_id).int()
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, pixel_values=pixels,
+                image_grid_thw=grid)
+
+
+def ours_tokens(model: Qwen2_5_VL, inputs: dict, count: int, graph: bool | None = None) -> list[int]:
+    return [ids.item() for ids in generate(model, inputs, count, graph=graph)]
+
+
+def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: int, **settings) -> list[int]:
+    model.model.rope_deltas = None
+    out = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **settings)
+    return out[0, inputs["input_ids"].shape[1]:].tolist()
+
+
+# ---------------------------------------------------------------------------- do they agree?
+
+def disagreement(config: dict, device: str, dtype: torch.dtype) -> str:
+    """Why no ratio should be printed for a size, or nothing."""
+    text, tower = config["text_config"], config["vision_config"]
+    depth = min(4, tower["depth"])
+    small = config | dict(text_config=text | dict(num_hidden_layers=min(4, text["num_hidden_layers"])),
+                          vision_config=tower | dict(depth=depth, fullatt_block_indexes=[depth - 1]))
+    hf, ours = make_pair(small, device, dtype)
+    return disagreement_of(hf, ours, device, dtype)
+
+
+def disagreement_of(hf, ours, device: str, dtype: torch.dtype) -> str:
+    inputs = prompt(ours.config, 280, 24, dtype, device)
+    difference = lambda a, b: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+    hf.model.rope_deltas = None
+    a, b = ours(**inputs), hf(**inputs, use_cache=False).logits
+    if dtype == torch.float32:
+        if difference(a, b) > TOLERANCE:
+            return f"logits differ by {difference(a, b):.1e}"
+        return "" if ours_tokens(ours, inputs, 8) == hf_tokens(hf, inputs, 8) else "tokens differ"
+    exact = copy.deepcopy(ours).float()(**inputs)
+    ours_off, hf_off = difference(a, exact), difference(b, exact)
+    if max(ours_off, hf_off) > BFLOAT16_FACTOR * min(ours_off, hf_off):
+        return f"from the float32 logits ours are {ours_off:.1e} away, HF's {hf_off:.1e}"
+    return ""
+
+
+# ---------------------------------------------------------------------------- timing
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def per_token(tokens: Callable[[int], object], count: int, device: str) -> float:
+    """Seconds per token after the first: an answer of count + 1 tokens less one of a single token."""
+    return (seconds(lambda: tokens(count + 1), device) - seconds(lambda: tokens(1), device)) / count
+
+
+def alternate(row: Row, ours: Callable[[], float], hf: Callable[[], float], device: str) -> Row:
+    """Fill a row from two timed runs; on CUDA HF runs with and without cuDNN attention, and the better counts."""
+    for pair in range(-1, PAIRS):       # the first is not counted
+        mine, theirs = ours(), []
+        for cudnn in (False, True) if device == "cuda" else (False,):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            theirs.append(hf())
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if pair >= 0:
+            row.ours.append(mine)
+            row.hf.append(min(theirs))
+    return row
+
+
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a copy on the device."""
+    a = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return 2 * COPY_BYTES / statistics.median(seconds(lambda: b.copy_(a), device) for _ in range(10))
+
+
+def bytes_per_token(model: Qwen2_5_VL) -> int:
+    """What decoding a token has to read: every decoder layer and the head."""
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return head.weight.nbytes + sum(p.nbytes for p in model.model.layers.parameters())
+
+
+def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> list[Row]:
+    if size == "tiny":
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=dtype)
+        ours = ours_of(hf.eval().requires_grad_(False).to(device))
+        reason = disagreement_of(hf, ours, device, dtype)
+    else:
+        reason = disagreement(SIZES[size], device, dtype)
+        hf, ours = (None, None) if reason else make_pair(SIZES[size], device, dtype)
+    if reason:
+        raise ValueError(f"{size}: {reason}; no ratio for what does not agree")
+
+    cuda, threads = device == "cuda", torch.get_num_threads()
+    if size == "host":      # where the host is the limit and not the arithmetic
+        torch.set_num_threads(1)
+
+    def compare(what: str, mine: Callable[[], object], theirs: Callable[[], object]) -> Row:
+        return alternate(Row(size, what), lambda: seconds(mine, device), lambda: seconds(theirs, device), device)
+
+    def compare_decoding(what: str, count: int, **settings) -> Row:
+        return alternate(Row(size, what), lambda: per_token(lambda n: ours_tokens(ours, inputs, n), count, device),
+                         lambda: per_token(lambda n: hf_tokens(hf, inputs, n, **settings), count, device), device)
+
+    rows = []
+    if size not in ("3B", "7B", "32B"):
+        with tempfile.TemporaryDirectory() as directory:
+            hf.save_pretrained(directory)
+            theirs = lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype="auto").to(device)
+            rows.append(compare("loading, file in memory", lambda: load_model(directory, device), theirs))
+    for side in (896, 1792) if cuda else (224, 448):
+        pixels, grid = picture(side, dtype, device)
+        rows.append(compare(f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
+                            lambda: hf.model.visual(pixels, grid_thw=grid)))
+    inputs = prompt(ours.config, 896 if cuda else 224, 64, dtype, device)
+    rows.append(compare(f"first token of {inputs['input_ids'].shape[1]}", lambda: ours_tokens(ours, inputs, 1),
+                        lambda: hf_tokens(hf, inputs, 1)))
+    count = 64 if cuda else 8 if size == "layer" else 32
+    decode = compare_decoding("decode, per token", count)
+    share = bytes_per_token(ours) / bandwidth / statistics.median(decode.ours)
+    decode.remark = f"{100 * share:.0f} % of copy bandwidth"
+    rows.append(decode)
+    if cuda:
+        if ours_tokens(ours, inputs, count) != ours_tokens(ours, inputs, count, graph=False):
+            raise ValueError(f"{size}: the graph and the plain loop give other tokens")
+        plain = statistics.median(per_token(lambda n: ours_tokens(ours, inputs, n, graph=False), count, device)
+                                  for _ in range(PAIRS))
+        decode.remark += f"; without graph {1e3 * plain:.3g} ms"
+        for name, run in (("ours", lambda: ours_tokens(ours, inputs, 8)), ("HF", lambda: hf_tokens(hf, inputs, 8))):
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            decode.remark += f"; {name} {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        rows.append(compare_decoding("decode, HF static and compiled", count, cache_implementation="static"))
+    torch.set_num_threads(threads)
+    return rows
+
+
+# ---------------------------------------------------------------------------- the picture
+
+def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
+    """Cost against picture size and against context, for the widths of the 3B: ours, HF, and the limit."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    hf, ours = make_pair(SIZES["layer"], device, dtype)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), facecolor="white")
+    sides, times = (112, 224, 336, 448, 560, 672), []
+    for side in sides:
+        pixels, grid = picture(side, dtype, device)
+        row = alternate(Row("", ""), lambda: seconds(lambda: ours.visual(pixels, grid), device),
+                        lambda: seconds(lambda: hf.model.visual(pixels, grid_thw=grid), device), device)
+        times.append((statistics.median(row.ours), statistics.median(row.hf)))
+    matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
+    flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
+    weights = sum(p.numel() for p in ours.visual.parameters())
+    limits = [2 * weights * (side // 14) ** 2 / flops for side in sides]
+    contexts, steps = (256, 1024, 2048, 4096), []
+    for context in contexts:
+        x = torch.zeros(1, 1, 2048, dtype=dtype, device=device)
+        position = torch.full((3, 1, 1), context, device=device)
+        cache = KVCache(ours.config, 1, context + 2 * PAIRS + 8, device, dtype)
+        cache.reserve(context)
+        past = transformers.DynamicCache(config=hf.config.text_config)
+        filled = torch.zeros(1, 2, context, 128, dtype=dtype, device=device)
+        past.update(filled, filled, 0)
+        our_step = lambda: ours.decode(x, position, None, cache)
+        their_step = lambda: hf.lm_head(hf.model.language_model(
+            inputs_embeds=x, position_ids=position, past_key_values=past).last_hidden_state)
+        row = alternate(Row("", ""), lambda: seconds(our_step, device), lambda: seconds(their_step, device), device)
+        steps.append((statistics.median(row.ours), statistics.median(row.hf)))
+    reads = [(bytes_per_token(ours) + 2 * 2 * 128 * context * x.itemsize) / bandwidth for context in contexts]
+    for axis, at, values, limit, label, title in (
+        (left, sides, times, limits, "side of the picture, pixels", "What does a larger picture cost?"),
+        (right, contexts, steps, reads, "tokens in the cache", "What does a longer context cost?"),
+    ):
+        axis.plot(at, [1e3 * hf for _, hf in values], "s--", color="#D55E00", label="Hugging Face")
+        axis.plot(at, [1e3 * ours for ours, _ in values], "o-", color="#0072B2", label="this implementation")
+        axis.plot(at, [1e3 * value for value in limit], ":", color="black", label="limit of this machine")
+        axis.set(xlabel=label, ylabel="milliseconds", title=title, ylim=(0, None))
+        axis.legend()
+    figure.suptitle(f"two vision blocks and one decoder layer of the 3B, {str(dtype)[6:]}, {device_name(device)}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of tiny, {', '.join(SIZES)} "
+                        f"(default: {', '.join(CPU_SIZES)})")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: float32, on CUDA bfloat16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing there")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw cost against size and context instead")
+    args = parser.parse_args()
+    for size in args.sizes:
+        if size not in SIZES and size != "tiny":
+            parser.error(f"no size {size}; there are tiny, {', '.join(SIZES)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this torch finds no CUDA here")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    bandwidth = copy_bandwidth(args.device)
+    if args.plot:
+        plot(args.plot, args.device, dtype, bandwidth)
+        return 0
+    about = dict(device=device_name(args.device), dtype=str(dtype), python=platform.python_version(),
+                 torch=torch.__version__, transformers=transformers.__version__, copy_bandwidth=bandwidth)
+    print("; ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in about.items()))
+    print(HEADER, flush=True)
+    rows, failed = [], 0
+    for size in args.sizes or CPU_SIZES:
+        try:
+            rows += (new := rows_of(size, args.device, dtype, bandwidth))
+            print("\n".join(row.text() for row in new), flush=True)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = 1
+    if args.json:
+        args.json.write_text(json.dumps(about | dict(rows=[asdict(row) for row in rows]), indent=2) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Which side is wrong, and from where on? Write down every intermediate of a run, and compare two such files.
+
+    python tools/trace.py tiny -o ours.safetensors              # this implementation
+    python tools/trace.py tiny --hf -o hf.safetensors           # Hugging Face's, from the same files and picture
+    python tools/trace.py ours.safetensors hf.safetensors       # the first row that leaves is where to look
+
+Another engine's dump counts too, also as .npz, if it uses these names, which are the checkpoint's:
+
+    pixel_values, image_grid_thw, input_ids, position_ids       what the model is given; positions (3, 1, T)
+    visual.patch_embed, visual.blocks.N                         (patches, width), rows in the order of pixel_values
+    visual.merger                                               (tokens, width), in reading order
+    model.layers.N, model.norm, logits                          (1, T, width)
+    tokens                                                      the 32 greedy ones
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import generate
+from load_weights import PUBLISHED_PREFIX, checkpoint, load_model
+from processing import load_processor, open_image
+from vision import window_order
+
+NAMES = ("pixel_values", "image_grid_thw", "input_ids", "position_ids", "visual.patch_embed", "visual.blocks",
+         "visual.merger", "model.layers", "model.norm", "logits", "tokens")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}     # of the largest value of a row
+NEW_TOKENS = 32
+
+
+def stage(name: str) -> tuple[int, int]:
+    """Where a name stands in the run."""
+    base, _, number = re.fullmatch(r"(.*?)(\.(\d+))?", name).groups()
+    return NAMES.index(base) if base in NAMES else len(NAMES), int(number or 0)
+
+
+def record(model: nn.Module, order: Tensor, run) -> dict[str, Tensor]:
+    """What every named module returns while `run` runs; window order undone, names as published."""
+    trace, hooks = {}, []
+    for live, module in model.named_modules():
+        prefix = next((prefix for prefix in PUBLISHED_PREFIX if live.startswith(prefix)), "")
+        name = PUBLISHED_PREFIX.get(prefix, "") + live.removeprefix(prefix)
+        if stage(name)[0] < len(NAMES):
+            def keep(module, args, out, name=name):
+                windowed = name.startswith(("visual.blocks", "visual.merger"))
+                trace[name] = out.unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1) if windowed else out
+            hooks.append(module.register_forward_hook(keep))
+    trace["logits"] = run()
+    for hook in hooks:
+        hook.remove()
+    return trace
+
+
+def trace_ours(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict[str, Tensor]:
+    model, inputs = load_model(path, dtype=dtype), load_processor(path)(messages)
+    config = model.config.vision
+    group = config.patch_size * config.spatial_merge_size
+    order, _ = window_order(inputs["image_grid_thw"], config.spatial_merge_size, config.window_size // group)
+    given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
+    positions, _ = model.positions(inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"])
+    trace = given | {"position_ids": positions} | record(model, order, lambda: model(**inputs))
+    return trace | {"tokens": torch.cat(list(generate(model, inputs, NEW_TOKENS)))}
+
+
+def trace_hf(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict[str, Tensor]:
+    """The same from Hugging Face's model, picture processor, tokenizer and template."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.vision_utils import get_vision_window_index
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+    tokenizer, config = AutoTokenizer.from_pretrained(path), model.config.vision_config
+    inputs = dict(Qwen2VLImageProcessorPil.from_pretrained(path)(messages[0]["content"][0]["image"], return_tensors="pt"))
+    grid, merge = inputs["image_grid_thw"], config.spatial_merge_size
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // merge**2))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    types = (ids == model.config.image_token_id).int()
+    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
+    order, _ = get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+    positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=grid)
+    trace = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
+    trace |= {"position_ids": positions} | record(model, order, lambda: model(**inputs, use_cache=False).logits)
+    greedy = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)
+    return trace | {"tokens": model.generate(**inputs, max_new_tokens=NEW_TOKENS, **greedy)[0, ids.shape[1]:]}
+
+
+def load(path: str) -> dict[str, Tensor]:
+    if path.endswith(".npz"):
+        return {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
+    return load_file(path)
+
+
+def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[list[str], str | None]:
+    """A line per row, and the name of the first row that leaves: that differs by more than rounding."""
+    lines, first = [f"{'':24} {'largest':>10} {'relative':>10}"], None
+    for name in sorted(a.keys() | b.keys(), key=stage):
+        if name not in a or name not in b:
+            lines.append(f"{name:24} only in the {'first' if name in a else 'second'}")
+            continue
+        x, y = a[name].double(), b[name].double()
+        largest = (x - y).abs().max().item() if x.shape == y.shape else float("inf")
+        relative = largest / max(y.abs().max().item(), 1e-30)
+        exact = not (a[name].is_floating_point() and b[name].is_floating_point()) or name == "pixel_values"
+        tolerance = 0.0 if exact else max(TOLERANCE.get(x.dtype, 1e-5) for x in (a[name], b[name]))
+        leaves = not relative <= tolerance
+        shapes = "" if x.shape == y.shape else f"  shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        lines.append(f"{name:24} {largest:10.2e} {relative:10.2e}{'  <-- leaves' if leaves else ''}{shapes}")
+        first = name if leaves and first is None else first
+    return lines, first
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", nargs="+", metavar="WHAT", help="a checkpoint's directory or hub id, or two files to compare")
+    add("-o", "--out", help="the file to write")
+    add("--hf", action="store_true", help="trace Hugging Face's model")
+    add("--image", default=str(ROOT / "assets" / "demo.png"))
+    add("--prompt", default="Describe the image.")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args(argv)
+    try:
+        if len(args.what) == 2:
+            lines, first = compare(*map(load, args.what))
+            print("\n".join(lines))
+            print(f"the first row that leaves: {first}" if first else "no row leaves")
+            return 1 if first else 0
+        if len(args.what) != 1 or not args.out:
+            raise ValueError("give a checkpoint and -o FILE, or two files to compare")
+        picture = {"type": "image", "image": open_image(args.image)}
+        messages = [{"role": "user", "content": [picture, {"type": "text", "text": args.prompt}]}]
+        trace = (trace_hf if args.hf else trace_ours)(checkpoint(args.what[0]), messages, getattr(torch, args.dtype))
+        save_file({name: tensor.contiguous() for name, tensor in trace.items()}, args.out)
+        print(f"{len(trace)} rows in {args.out}")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
