@@ -53,7 +53,8 @@ def assert_equal(row, ours, theirs):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--checkpoint", default="tiny", help="a checkpoint's directory or hub id, for test_checkpoint.py")
+    parser.addoption("--checkpoint", default="tiny",
+                     help="a checkpoint's directory or hub id, for test_checkpoint.py")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,21 +1,22 @@
-"""A real checkpoint of any size, ours against Hugging Face's: pytest tests/test_checkpoint.py --checkpoint DIR.
+"""A real checkpoint of any size, ours against Hugging Face's.
 
-Without the option it is the tiny one. In float32 where that fits into memory: pixels, ids, positions, every block and
-layer, logits, 32 tokens. In bfloat16 layer by layer: rounding is all that may differ, so the measure is each layer's
-distance to its own float32 self, and ours may be at most 1.25 times theirs.
+pytest tests/test_checkpoint.py --checkpoint DIR; without the option it is the tiny one. In float32 where that
+fits into memory: pixels, ids, positions, every block and layer, logits, 32 tokens. In bfloat16 layer by
+layer: rounding is all that may differ, so the measure is each layer's distance to its own float32 self, and
+ours may be at most 1.25 times theirs.
 """
 
 import copy
 import os
+import trace
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_close
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import trace
-from conftest import assert_close
 from load_weights import checkpoint, load_config, load_model, weight_files
 from model import Qwen2_5_VL
 from processing import load_processor
@@ -58,7 +59,8 @@ def test_layers_in_bfloat16(path, picture):
     calls = {}
     for name, module in ours.named_modules():
         if name.startswith(("visual.blocks.", "model.layers.")) and name.count(".") == 2:
-            module.register_forward_hook(lambda module, args, out, name=name: calls.update({name: (module, args, out)}))
+            keep = lambda module, args, out, name=name: calls.update({name: (module, args, out)})
+            module.register_forward_hook(keep)
     ours(**inputs)
     measured = [(calls[name], layer) for name, layer in [
         *((f"visual.blocks.{i}", block) for i, block in enumerate(theirs.visual.blocks)),
@@ -67,7 +69,8 @@ def test_layers_in_bfloat16(path, picture):
     for (module, (x, cos, sin, *rest), out), layer in measured:
         exact = copy.deepcopy(module).float()(x.float(), cos.float(), sin.float(), *rest)
         if hasattr(module, "attn"):
-            lengths = [patches for frames, runs in rest[0] for _ in range(frames) for n, patches in runs for _ in range(n)]
+            lengths = [patches for frames, runs in rest[0] for _ in range(frames)
+                       for n, patches in runs for _ in range(n)]
             ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
             their_out = layer(x, cu_seqlens=ends, position_embeddings=(cos[:, 0, 0], sin[:, 0, 0]))
         else:
@@ -77,10 +80,10 @@ def test_layers_in_bfloat16(path, picture):
 
 
 def test_difference_is_not_seen(tmp_path, capsys):
-    """Rounding passes; a wrong block is named first, before all that follows from it; a missing row is said."""
+    """Rounding passes; a wrong block is named before all that follows from it; a missing row is said."""
     def rows(wrong=0.0):
-        generator = torch.Generator().manual_seed(0)
-        return {name: torch.randn(3, 4, generator=generator) * (1 + 1e-7) + wrong * (name != "visual.patch_embed")
+        rng = torch.Generator().manual_seed(0)
+        return {name: torch.randn(3, 4, generator=rng) * (1 + 1e-7) + wrong * (name != "visual.patch_embed")
                 for name in ("visual.patch_embed", "visual.blocks.2", "visual.blocks.10", "logits")}
     assert trace.compare(rows(), {name: row * (1 + 1e-7) for name, row in rows().items()})[1] is None
     lines, first = trace.compare(rows(), rows(wrong=1e-3))
@@ -95,7 +98,7 @@ def test_difference_is_not_seen(tmp_path, capsys):
 
 
 def test_oracle_in_float64(pairs, tmp_path_factory, monkeypatch):
-    """Over five seeds our largest error against Hugging Face's model in float64 is no larger than its own in float32."""
+    """Over five seeds our largest error against HF's float64 model is no larger than its own in float32."""
     from conftest import distance, hf_logits, make_pair, prompts
     inputs = prompts([[5, (20, 26), 7]])
     for attention in ("sdpa", "eager"):
@@ -121,4 +124,5 @@ def in_float64(patch):
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     patch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: to(
         self, *map(wider, args), **{name: wider(value) for name, value in kwargs.items()}))
-    patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim, dtype=wider(dtype)))
+    patch.setattr(torch.nn.functional, "softmax",
+                  lambda x, dim, dtype=None: softmax(x, dim, dtype=wider(dtype)))

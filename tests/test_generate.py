@@ -232,6 +232,24 @@ def start(*arguments, **options):
                             stderr=subprocess.PIPE, text=True, **options)
 
 
+def test_out_of_memory_ends_in_a_traceback(capsys, monkeypatch):
+    def full(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    monkeypatch.setattr(module, "generate", full)
+    assert main([]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: out of memory; use a smaller --max-pixels or --dtype bfloat16")
+
+
+def test_terminal_obeys_the_answer(capsys, monkeypatch):
+    """Colours, cursor movements and changes of direction in an answer don't reach the terminal."""
+    def text_of(tokens, processor):
+        return [str(len(list(tokens)) > 0), "\x1b[2J\u202eb\tc\r\n"]
+    monkeypatch.setattr(module, "text_of", text_of)
+    assert main([]) == 0
+    assert capsys.readouterr().out == "True[2Jb\tc\n\n"
+
+
 def test_prompt_from_stdin_and_the_same_answer_from_anywhere(tmp_path):
     process = start("--prompt", "-", cwd=tmp_path, stdin=subprocess.PIPE)
     out, err = process.communicate("Describe the image.", timeout=60)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_tiny
+from conftest import assert_equal
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import train_tiny
-from conftest import assert_equal
 from generate import generate
 from load_weights import load_generation_config, load_model
 from processing import load_processor
@@ -33,14 +33,14 @@ def asked():
         rng = train_tiny.random.Random(f"tests {n}")
         scene = train_tiny.Scene(rng, rng.choice(train_tiny.SIDES), rng.choice(train_tiny.SIDES))
         kind = ("describe", "locate", "count", "color", "every")[n % 5]
-        options = [(question, answer) for k, question, answer in train_tiny.questions(scene, rng) if k == kind]
+        options = [rest for k, *rest in train_tiny.questions(scene, rng) if k == kind]
         if options:     # in some scenes no shape is alone, and no color can be asked for
             cases.append((kind, scene.draw(), *options[0]))
     return cases
 
 
 def inputs_of(picture, question, theirs):
-    """What Hugging Face's parts make of a question: the template through jinja, placeholders spread by the grid."""
+    """What Hugging Face's parts make of a question: the template through jinja, placeholders by the grid."""
     _, pictures, tokenizer = theirs
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
@@ -54,7 +54,7 @@ def inputs_of(picture, question, theirs):
 
 
 def test_engines_disagree_about_the_tiny_checkpoint(theirs, asked):
-    """Our dict equals Hugging Face's own parts' tensors, and from it both models say the same, token by token."""
+    """Our dict equals Hugging Face's parts' tensors, and from it both models say the same, token by token."""
     ours, processor = load_model(TINY, dtype=torch.float32), load_processor(TINY)
     settings = load_generation_config(TINY)
     for _, picture, question, _ in asked:
@@ -65,7 +65,8 @@ def test_engines_disagree_about_the_tiny_checkpoint(theirs, asked):
             assert_equal("inputs of the tiny checkpoint", mine[name], value)
         theirs[0].model.rope_deltas = None
         expected = theirs[0].generate(**mine, max_new_tokens=160)[0, inputs["input_ids"].shape[1]:]
-        assert_equal("tokens of the tiny checkpoint, in float32", torch.cat(list(generate(ours, mine, **settings))), expected)
+        answer = torch.cat(list(generate(ours, mine, **settings)))
+        assert_equal("tokens of the tiny checkpoint, in float32", answer, expected)
 
 
 def test_tiny_has_forgotten(asked):

@@ -4,46 +4,50 @@
     python tools/benchmark.py 7B 32B --device cuda --json out.json  # random weights need no download
     python tools/benchmark.py layer --plot assets/speed.png
 
-"HF" is transformers with sdpa and without compilation; on CUDA its better time with and without cuDNN attention,
-and for decoding a row more, with static cache and compilation. Only ratios count: machines differ, and drift. Each
-is the median of ten pairs, with the smallest and the largest. A size whose outputs disagree gets no ratios: in
-float32 logits must agree to 1e-5 of the largest and tokens be equal; in bfloat16 neither may be further from the
-float32 result than 1.5 times the other. That is looked at with at most four layers of each tower.
+"HF" is transformers with sdpa and without compilation; on CUDA its better time with and without cuDNN
+attention, and for decoding a row more, with static cache and compilation. Only ratios count: machines differ,
+and drift. Each is the median of ten pairs, with the smallest and the largest. A size whose outputs disagree
+gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be equal; in bfloat16 neither
+may be further from the float32 result than 1.5 times the other. That is looked at with at most four layers of
+each tower.
 """
 
-import argparse
 import copy
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
 from load_weights import PUBLISHED_PREFIX, load_config, load_model
 from model import KVCache, Qwen2_5_VL
 
+ROOT = Path(__file__).resolve().parent.parent
 PAIRS, TOLERANCE, BFLOAT16_FACTOR = 10, 1e-5, 1.5
 COPY_BYTES = 2 * 2**30
 
 VISION = dict(
-    depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_channels=3, patch_size=14, window_size=112,
-    spatial_merge_size=2, temporal_patch_size=2, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+    depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_channels=3, patch_size=14,
+    window_size=112, spatial_merge_size=2, temporal_patch_size=2, fullatt_block_indexes=[7, 15, 23, 31],
+    tokens_per_second=2)
 
 
-def size_config(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocabulary: int, tied: bool, **tower) -> dict:
+def size_config(
+    hidden: int, layers: int, heads: int, kv: int, mlp: int, vocabulary: int, tied: bool, **tower
+) -> dict:
     section = [16, 24, 24] if hidden // heads == 128 else [2, 3, 3]
     text = dict(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
@@ -52,14 +56,15 @@ def size_config(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocabul
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=section))
     last = vocabulary - 4
     return dict(
-        model_type="qwen2_5_vl", text_config=text, vision_config=VISION | dict(out_hidden_size=hidden) | tower,
-        tie_word_embeddings=tied, image_token_id=last, video_token_id=last + 1, vision_start_token_id=last + 2,
-        vision_end_token_id=last + 3)
+        model_type="qwen2_5_vl", text_config=text, tie_word_embeddings=tied,
+        vision_config=VISION | dict(out_hidden_size=hidden) | tower, image_token_id=last,
+        video_token_id=last + 1, vision_start_token_id=last + 2, vision_end_token_id=last + 3)
 
 
 SMALL_TOWER = dict(depth=2, fullatt_block_indexes=[1])
 SIZES = {
-    "host": size_config(64, 28, 4, 2, 128, 512, True, **SMALL_TOWER, hidden_size=64, intermediate_size=128, num_heads=4),
+    "host": size_config(64, 28, 4, 2, 128, 512, True, **SMALL_TOWER,
+                        hidden_size=64, intermediate_size=128, num_heads=4),
     "layer": size_config(2048, 1, 16, 2, 11008, 151936, True, **SMALL_TOWER),
     "3B": size_config(2048, 36, 16, 2, 11008, 151936, True),
     "7B": size_config(3584, 28, 28, 4, 18944, 152064, False),
@@ -79,8 +84,8 @@ class Row:
 
     def text(self) -> str:
         ratios = sorted(hf / ours for ours, hf in zip(self.ours, self.hf))
-        seconds = [f"{1e3 * statistics.median(times):.3g} ms" for times in (self.ours, self.hf)]
-        return (f"| {self.size} | {self.what} | {seconds[0]} | {seconds[1]} | **{statistics.median(ratios):.2f}** | "
+        seconds = [f"{1e3 * median(times):.3g} ms" for times in (self.ours, self.hf)]
+        return (f"| {self.size} | {self.what} | {seconds[0]} | {seconds[1]} | **{median(ratios):.2f}** | "
                 f"{ratios[0]:.2f} .. {ratios[-1]:.2f} | {self.remark} |")
 
 
@@ -89,13 +94,16 @@ HEADER = "| size | what | ours | HF | HF / ours | least .. most | |\n|---|---|--
 
 # ---------------------------------------------------------------------------- two models, one set of tensors
 
-def make_pair(config: dict, device: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL]:
+def make_pair(
+    config: dict, device: str, dtype: torch.dtype
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL]:
     """Hugging Face's model with random weights, and ours with the very same tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            hf = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**config), attn_implementation="sdpa")
+            hf = Qwen2_5_VLForConditionalGeneration._from_config(
+                Qwen2_5_VLConfig(**config), attn_implementation="sdpa")
     finally:
         torch.set_default_dtype(before)
     torch.manual_seed(0)
@@ -110,7 +118,8 @@ def ours_of(hf: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VL:
         ours = Qwen2_5_VL(load_config(directory))
     state = hf.state_dict()
     for live, published in PUBLISHED_PREFIX.items():
-        state = {published + name.removeprefix(live) if name.startswith(live) else name: p for name, p in state.items()}
+        state = {published + name.removeprefix(live) if name.startswith(live) else name: p
+                 for name, p in state.items()}
     if ours.config.tie_word_embeddings:
         state.pop("lm_head.weight")
     ours.load_state_dict(state, strict=True, assign=True)
@@ -127,12 +136,12 @@ def picture(side: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]
 def prompt(config: dict | object, side: int, text: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """A picture and some text, as a processor gives them."""
     pixels, grid = picture(side, dtype, device)
-    image = [config.vision_start_token_id] + [config.image_token_id] * (len(pixels) // 4) + [config.vision_end_token_id]
+    start, image, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     words = torch.randint(0, 256, (text,), generator=torch.Generator().manual_seed(1)).tolist()
-    ids = torch.tensor([words[:8] + image + words[8:]], device=device)
-    types = (ids == config.image_token_id).int()
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, pixel_values=pixels,
-                image_grid_thw=grid)
+    ids = torch.tensor([[*words[:8], start, *[image] * (len(pixels) // 4), end, *words[8:]]], device=device)
+    types = (ids == image).int()
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types,
+                pixel_values=pixels, image_grid_thw=grid)
 
 
 def ours_tokens(model: Qwen2_5_VL, inputs: dict, count: int, graph: bool | None = None) -> list[int]:
@@ -191,7 +200,7 @@ def per_token(tokens: Callable[[int], object], count: int, device: str) -> float
 
 
 def alternate(row: Row, ours: Callable[[], float], hf: Callable[[], float], device: str) -> Row:
-    """Fill a row from two timed runs; on CUDA HF runs with and without cuDNN attention, and the better counts."""
+    """Fill a row from two timed runs; on CUDA HF runs with and without cuDNN attention, the better counts."""
     for pair in range(-1, PAIRS):       # the first is not counted
         mine, theirs = ours(), []
         for cudnn in (False, True) if device == "cuda" else (False,):
@@ -211,7 +220,7 @@ def copy_bandwidth(device: str) -> float:
     a = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     b.copy_(a)
-    return 2 * COPY_BYTES / statistics.median(seconds(lambda: b.copy_(a), device) for _ in range(10))
+    return 2 * COPY_BYTES / median(seconds(lambda: b.copy_(a), device) for _ in range(10))
 
 
 def bytes_per_token(model: Qwen2_5_VL) -> int:
@@ -236,39 +245,43 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
         torch.set_num_threads(1)
 
     def compare(what: str, mine: Callable[[], object], theirs: Callable[[], object]) -> Row:
-        return alternate(Row(size, what), lambda: seconds(mine, device), lambda: seconds(theirs, device), device)
+        return alternate(Row(size, what), lambda: seconds(mine, device),
+                         lambda: seconds(theirs, device), device)
 
     def compare_decoding(what: str, count: int, **settings) -> Row:
-        return alternate(Row(size, what), lambda: per_token(lambda n: ours_tokens(ours, inputs, n), count, device),
-                         lambda: per_token(lambda n: hf_tokens(hf, inputs, n, **settings), count, device), device)
+        mine = lambda n: ours_tokens(ours, inputs, n)
+        theirs = lambda n: hf_tokens(hf, inputs, n, **settings)
+        return alternate(Row(size, what), lambda: per_token(mine, count, device),
+                         lambda: per_token(theirs, count, device), device)
 
     rows = []
     if size not in ("3B", "7B", "32B"):
         with tempfile.TemporaryDirectory() as directory:
             hf.save_pretrained(directory)
-            theirs = lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype="auto").to(device)
+            theirs = lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                directory, dtype="auto").to(device)
             rows.append(compare("loading, file in memory", lambda: load_model(directory, device), theirs))
     for side in (896, 1792) if cuda else (224, 448):
         pixels, grid = picture(side, dtype, device)
         rows.append(compare(f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
                             lambda: hf.model.visual(pixels, grid_thw=grid)))
     inputs = prompt(ours.config, 896 if cuda else 224, 64, dtype, device)
-    rows.append(compare(f"first token of {inputs['input_ids'].shape[1]}", lambda: ours_tokens(ours, inputs, 1),
-                        lambda: hf_tokens(hf, inputs, 1)))
+    rows.append(compare(f"first token of {inputs['input_ids'].shape[1]}",
+                        lambda: ours_tokens(ours, inputs, 1), lambda: hf_tokens(hf, inputs, 1)))
     count = 64 if cuda else 8 if size == "layer" else 32
     decode = compare_decoding("decode, per token", count)
-    share = bytes_per_token(ours) / bandwidth / statistics.median(decode.ours)
+    share = bytes_per_token(ours) / bandwidth / median(decode.ours)
     decode.remark = f"{100 * share:.0f} % of copy bandwidth"
     rows.append(decode)
     if cuda:
-        if ours_tokens(ours, inputs, count) != ours_tokens(ours, inputs, count, graph=False):
+        plain = lambda n: ours_tokens(ours, inputs, n, graph=False)
+        if ours_tokens(ours, inputs, count) != plain(count):
             raise ValueError(f"{size}: the graph and the plain loop give other tokens")
-        plain = statistics.median(per_token(lambda n: ours_tokens(ours, inputs, n, graph=False), count, device)
-                                  for _ in range(PAIRS))
-        decode.remark += f"; without graph {1e3 * plain:.3g} ms"
-        for name, run in (("ours", lambda: ours_tokens(ours, inputs, 8)), ("HF", lambda: hf_tokens(hf, inputs, 8))):
+        slower = median(per_token(plain, count, device) for _ in range(PAIRS))
+        decode.remark += f"; without graph {1e3 * slower:.3g} ms"
+        for name, tokens, model in (("ours", ours_tokens, ours), ("HF", hf_tokens, hf)):
             torch.cuda.reset_peak_memory_stats()
-            run()
+            tokens(model, inputs, 8)
             decode.remark += f"; {name} {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         rows.append(compare_decoding("decode, HF static and compiled", count, cache_implementation="static"))
     torch.set_num_threads(threads)
@@ -290,7 +303,7 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         pixels, grid = picture(side, dtype, device)
         row = alternate(Row("", ""), lambda: seconds(lambda: ours.visual(pixels, grid), device),
                         lambda: seconds(lambda: hf.model.visual(pixels, grid_thw=grid), device), device)
-        times.append((statistics.median(row.ours), statistics.median(row.hf)))
+        times.append((median(row.ours), median(row.hf)))
     matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
     flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
     weights = sum(p.numel() for p in ours.visual.parameters())
@@ -307,8 +320,9 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         our_step = lambda: ours.decode(x, position, None, cache)
         their_step = lambda: hf.lm_head(hf.model.language_model(
             inputs_embeds=x, position_ids=position, past_key_values=past).last_hidden_state)
-        row = alternate(Row("", ""), lambda: seconds(our_step, device), lambda: seconds(their_step, device), device)
-        steps.append((statistics.median(row.ours), statistics.median(row.hf)))
+        row = alternate(Row("", ""), lambda: seconds(our_step, device),
+                        lambda: seconds(their_step, device), device)
+        steps.append((median(row.ours), median(row.hf)))
     reads = [(bytes_per_token(ours) + 2 * 2 * 128 * context * x.itemsize) / bandwidth for context in contexts]
     for axis, at, values, limit, label, title in (
         (left, sides, times, limits, "side of the picture, pixels", "What does a larger picture cost?"),
@@ -319,7 +333,8 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         axis.plot(at, [1e3 * value for value in limit], ":", color="black", label="limit of this machine")
         axis.set(xlabel=label, ylabel="milliseconds", title=title, ylim=(0, None))
         axis.legend()
-    figure.suptitle(f"two vision blocks and one decoder layer of the 3B, {str(dtype)[6:]}, {device_name(device)}")
+    figure.suptitle(f"two vision blocks and one decoder layer of the 3B, {str(dtype)[6:]}, "
+                    f"{device_name(device)}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -331,11 +346,12 @@ def device_name(device: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of tiny, {', '.join(SIZES)} "
                         f"(default: {', '.join(CPU_SIZES)})")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: float32, on CUDA bfloat16)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="(default: float32, on CUDA bfloat16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw cost against size and context instead")
     args = parser.parse_args()

@@ -1,21 +1,21 @@
 """Which side is wrong, and from where on? Write down every intermediate of a run, and compare two such files.
 
-    python tools/trace.py tiny -o ours.safetensors              # this implementation
-    python tools/trace.py tiny --hf -o hf.safetensors           # Hugging Face's, from the same files and picture
-    python tools/trace.py ours.safetensors hf.safetensors       # the first row that leaves is where to look
+    python tools/trace.py tiny -o ours.safetensors         # this implementation
+    python tools/trace.py tiny --hf -o hf.safetensors      # Hugging Face's, from the same files and picture
+    python tools/trace.py ours.safetensors hf.safetensors  # the first row that leaves is where to look
 
 Another engine's dump counts too, also as .npz, if it uses these names, which are the checkpoint's:
 
-    pixel_values, image_grid_thw, input_ids, position_ids       what the model is given; positions (3, 1, T)
-    visual.patch_embed, visual.blocks.N                         (patches, width), rows in the order of pixel_values
-    visual.merger                                               (tokens, width), in reading order
-    model.layers.N, model.norm, logits                          (1, T, width)
-    tokens                                                      the 32 greedy ones
+    pixel_values, image_grid_thw, input_ids, position_ids  what the model is given; positions (3, 1, T)
+    visual.patch_embed, visual.blocks.N                    (patches, width), rows in the order of pixel_values
+    visual.merger                                          (tokens, width), in reading order
+    model.layers.N, model.norm, logits                     (1, T, width)
+    tokens                                                 the 32 greedy ones
 """
 
-import argparse
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
 from load_weights import PUBLISHED_PREFIX, checkpoint, load_model
 from processing import load_processor, open_image
 from vision import window_order
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("pixel_values", "image_grid_thw", "input_ids", "position_ids", "visual.patch_embed", "visual.blocks",
          "visual.merger", "model.layers", "model.norm", "logits", "tokens")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}     # of the largest value of a row
@@ -51,8 +51,9 @@ def record(model: nn.Module, order: Tensor, run) -> dict[str, Tensor]:
         name = PUBLISHED_PREFIX.get(prefix, "") + live.removeprefix(prefix)
         if stage(name)[0] < len(NAMES):
             def keep(module, args, out, name=name):
-                windowed = name.startswith(("visual.blocks", "visual.merger"))
-                trace[name] = out.unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1) if windowed else out
+                if name.startswith(("visual.blocks", "visual.merger")):
+                    out = out.unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1)
+                trace[name] = out
             hooks.append(module.register_forward_hook(keep))
     trace["logits"] = run()
     for hook in hooks:
@@ -78,7 +79,8 @@ def trace_hf(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict
     from transformers.vision_utils import get_vision_window_index
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
     tokenizer, config = AutoTokenizer.from_pretrained(path), model.config.vision_config
-    inputs = dict(Qwen2VLImageProcessorPil.from_pretrained(path)(messages[0]["content"][0]["image"], return_tensors="pt"))
+    picture = messages[0]["content"][0]["image"]
+    inputs = dict(Qwen2VLImageProcessorPil.from_pretrained(path)(picture, return_tensors="pt"))
     grid, merge = inputs["image_grid_thw"], config.spatial_merge_size
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // merge**2))
@@ -88,7 +90,8 @@ def trace_hf(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict
     order, _ = get_vision_window_index(grid, merge, config.window_size, config.patch_size)
     positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=grid)
     trace = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
-    trace |= {"position_ids": positions} | record(model, order, lambda: model(**inputs, use_cache=False).logits)
+    trace["position_ids"] = positions
+    trace |= record(model, order, lambda: model(**inputs, use_cache=False).logits)
     greedy = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)
     return trace | {"tokens": model.generate(**inputs, max_new_tokens=NEW_TOKENS, **greedy)[0, ids.shape[1]:]}
 
@@ -119,7 +122,7 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[list[str], str 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="+", metavar="WHAT", help="a checkpoint's directory or hub id, or two files to compare")
     add("-o", "--out", help="the file to write")
@@ -138,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("give a checkpoint and -o FILE, or two files to compare")
         picture = {"type": "image", "image": open_image(args.image)}
         messages = [{"role": "user", "content": [picture, {"type": "text", "text": args.prompt}]}]
-        trace = (trace_hf if args.hf else trace_ours)(checkpoint(args.what[0]), messages, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        trace = (trace_hf if args.hf else trace_ours)(checkpoint(args.what[0]), messages, dtype)
         save_file({name: tensor.contiguous() for name, tensor in trace.items()}, args.out)
         print(f"{len(trace)} rows in {args.out}")
         return 0
