@@ -8,6 +8,7 @@ Next: load_weights.py. Shapes: B batch, T prompt tokens.
 """
 
 import argparse
+import math
 import os
 import re
 import resource
@@ -29,7 +30,7 @@ from processing import Processor, load_processor
 GREEDY_BELOW = 1e-5     # temperatures: published checkpoints say 1e-6 and mean argmax
 
 
-def choose(
+def sample(
     logits: Tensor, seen: Tensor, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
     generator: torch.Generator | None,
 ) -> Tensor:
@@ -74,17 +75,19 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
     One token of the 7B takes about a thousand kernels, and launching them from Python one by one takes the
     host longer than the card needs to run them. The cache must be empty, and is so again afterwards.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):          # a few runs first: in their first call libraries allocate
-        for _ in range(3):
+    with torch.cuda.device(cache.k.device):
+        # A stream of its own for the capture, and for a few runs before it, in which libraries allocate.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                cache.clear()
+                step()
             cache.clear()
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    cache.clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            logits = step()
+        torch.cuda.current_stream().wait_stream(aside)
     cache.clear()
 
     def replay() -> Tensor:
@@ -94,7 +97,6 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
     return replay
 
 
-@torch.inference_mode()
 def generate(
     model: Qwen2_5_VL,
     inputs: dict[str, Tensor],
@@ -108,7 +110,7 @@ def generate(
     pad_token_id: int = 0,
     graph: bool | None = None,
 ) -> Iterator[Tensor]:
-    """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, with eos.
+    """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos too.
 
     A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
     max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty
@@ -116,40 +118,58 @@ def generate(
     there is CUDA). HF: GenerationMixin.generate.
     Raises ValueError for settings without sense, and where prompt and answer exceed the context.
     """
-    input_ids = inputs["input_ids"]
-    (B, T), limit = input_ids.shape, model.config.max_position_embeddings
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature}: must be 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p}: must be above 0 and at most 1")
+    T, limit = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    for name, value, right, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or above"),
+        ("top_k", top_k, top_k >= 0, "0 (all) or above"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+    ):
+        if not right:
+            raise ValueError(f"{name} {value}: must be {wanted}")
     if T + max_new_tokens > limit:
         raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of "
                          f"{limit}: use fewer new tokens, or fewer or smaller pictures")
 
+    device = model.model.norm.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    choose = lambda logits, seen: sample(
+        logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
+    if graph is None:
+        graph = device.type == "cuda" and max_new_tokens > 1
+    return answer(model, inputs, max_new_tokens, choose, ends, pad_token_id, graph)
+
+
+@torch.inference_mode()
+def answer(
+    model: Qwen2_5_VL, inputs: dict[str, Tensor], max_new_tokens: int,
+    choose: Callable[[Tensor, Tensor], Tensor], ends: Tensor, pad_token_id: int, graph: bool,
+) -> Iterator[Tensor]:
+    """The loop of `generate`; choose(logits, seen) says the next tokens."""
     # Grids stay on the CPU: the vision tower cuts its windows by them and so never waits for the device.
     grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+    input_ids, weight = inputs["input_ids"], model.model.norm.weight
     attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
     position_ids, next_position = model.positions(
         input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
-    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     names = ("pixel_values", "pixel_values_videos")
-    pixels = {name: inputs[name].to(device) for name in names if name in inputs}
-    input_ids, position_ids = input_ids.to(device), position_ids.to(device)
-    token, position = torch.zeros_like(input_ids[:, :1]), next_position[:, None].to(device)     # (B, 1) each
+    pixels = {name: inputs[name].to(weight.device) for name in names if name in inputs}
 
-    unpadded = bool(attention_mask.all())
-    mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1).to(device)
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int64, device=device)
+    (B, T), unpadded = input_ids.shape, bool(attention_mask.all())
+    mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1)
+    input_ids, position_ids, position, mask = (
+        x.to(weight.device) for x in (input_ids, position_ids, next_position[:, None], mask))
+    cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype)
+    token = torch.zeros_like(input_ids[:, :1])
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int64, device=weight.device)
     seen = seen.scatter_add(1, input_ids, mask[:, :T]) > 0          # pads have not been said
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, B, T + max_new_tokens, device, dtype)
 
-    if graph or (graph is None and device.type == "cuda"):      # before the prompt, whose place it runs over
-        first = position.clone()
+    if graph:       # before the prompt: the first runs write into its slots
+        start = position.clone()
         step = capture(lambda: decode_step(model, token, position, mask, cache), cache)
-        position.copy_(first)
+        position.copy_(start)
     else:
         step = lambda: decode_step(
             model, token, position, None if unpadded else mask[:, :cache.length + 1], cache)
@@ -157,18 +177,16 @@ def generate(
     x = model.embed(input_ids, **pixels, **grids)
     logits = model.decode(x, position_ids, None if unpadded else mask[:, :T], cache, last_only=True)[:, -1]
     del x, pixels
-    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
-    over = torch.zeros(B, dtype=torch.bool)
+    finished = torch.zeros(B, dtype=torch.bool)
     for n in range(max_new_tokens):
         if n > 0:
             logits = step()
-        chosen = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-        token.copy_(chosen[:, None])
+        token.copy_(choose(logits, seen)[:, None])
         seen.scatter_(1, token, True)
-        ids = chosen.cpu().masked_fill(over, pad_token_id)      # the one wait for the device
+        ids = token[:, 0].cpu().masked_fill(finished, pad_token_id)     # the one wait for the device
         yield ids
-        over = over | torch.isin(ids, ends)
-        if over.all():
+        finished = finished | torch.isin(ids, ends)
+        if finished.all():
             return
 
 
@@ -251,7 +269,7 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
     demo = args.model is None and not args.image and not args.video
     content = [{"type": "image", "image": path} for path in ([DEMO_IMAGE] if demo else args.image)]
     if args.video:
-        content.append({"type": "video", "video": args.video, "fps": args.fps})
+        content.append({"type": "video", "video": args.video, "fps": args.fps, "max_pixels": args.max_pixels})
     if not content and args.prompt is None:
         raise ValueError("nothing to answer; give --prompt, --image or --video")
     prompt = DEMO_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -272,8 +290,7 @@ def run(args: argparse.Namespace) -> None:
         path = checkpoint(args.model or DEMO_MODEL)
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
-        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        model = load_model(path, args.device, dtype, args.attention)
+        model = load_model(path, args.device, args.dtype, args.attention)
     settings = load_generation_config(path)
     given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -281,6 +298,8 @@ def run(args: argparse.Namespace) -> None:
     weight, T, side = model.model.norm.weight, inputs["input_ids"].shape[1], processor.patch_size
     grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
     sizes = ", ".join(f"{w * side}x{h * side}" + (f" in {t} steps" if t > 1 else "") for t, h, w in grids)
+    graph = False if args.no_graph else None
+    steps = generate(model, inputs, args.max_new_tokens, **settings, graph=graph)
     weights = sum(p.nbytes for p in model.parameters())
     stored = 2 * KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype).k.nbytes
     note(f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, cache {stored / 1e9:.3f} GB, "
@@ -289,8 +308,6 @@ def run(args: argparse.Namespace) -> None:
     times = [time.perf_counter()]
 
     def tokens() -> Iterator[int]:
-        graph = False if args.no_graph else None
-        steps = generate(model, inputs, args.max_new_tokens, **settings, graph=graph)
         with progress("reading"):
             first = next(steps)
         for ids in chain([first], steps):

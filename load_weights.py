@@ -17,6 +17,10 @@ from processing import read_json
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
+DTYPES = {
+    "auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32,
+    torch.bfloat16: torch.bfloat16, torch.float32: torch.float32,
+}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # What all published checkpoints share, for keys that a config.json leaves out: the 32B's has neither a window
@@ -24,8 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # value.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=[16, 24, 24], max_position_embeddings=128000,
-    tie_word_embeddings=False, image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
-    vision_end_token_id=151653,
+    tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
 )
 SHARED_VISION = dict(
     depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
@@ -101,13 +104,17 @@ def load_config(path: str | Path) -> Config:
     for size, part, what in (
         (config.hidden_size, config.num_attention_heads, "hidden_size in num_attention_heads"),
         (config.num_attention_heads, config.num_key_value_heads, "query heads in num_key_value_heads"),
-        (config.head_dim, 2 * sum(config.mrope_section), "half of head_dim in mrope_section"),
         (tower.hidden_size, 4 * tower.num_heads, "vision hidden_size in 4 x num_heads"),
         (tower.window_size, group, "window_size in merge groups"),
-        (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size in hidden_size"),
     ):
         if size % part != 0:
             raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not")
+    for size, other, what in (
+        (sum(config.mrope_section), config.head_dim // 2, "the sum of mrope_section and half of head_dim"),
+        (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size and hidden_size"),
+    ):
+        if size != other:
+            raise ValueError(f"{path}: {what} must be equal, {size} and {other} are not")
     return config
 
 
@@ -121,8 +128,8 @@ def load_generation_config(path: str | Path) -> dict:
         eos_token_id=saved.get("eos_token_id") or (), pad_token_id=saved.get("pad_token_id") or 0,
     )
     if saved.get("do_sample"):
-        settings |= {"temperature": 1.0} | {
-            name: saved[name] for name in ("temperature", "top_k", "top_p") if saved.get(name) is not None}
+        sampling = dict(temperature=1.0, top_k=50, top_p=1.0)       # HF's, where the file says nothing
+        settings |= sampling | {name: saved[name] for name in sampling if saved.get(name) is not None}
     return settings
 
 
@@ -188,32 +195,37 @@ def load_model(
 ) -> Qwen2_5_VL:
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
-    path: a directory or hub id. device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is the
-    checkpoint's own, else torch.bfloat16 or torch.float32. attention: "sdpa" or "eager".
+    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+    dtype: torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's. attention: "sdpa" or
+    "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device}: torch knows none of this name; use cuda or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this torch finds no CUDA here; use cpu")
+    devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if not torch.cuda.is_available():
+        devices = ["cpu"]
+    if str(device) not in devices:
+        raise ValueError(f"device {device}: not to be had here; use {' or '.join(devices)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention}: use {' or '.join(ATTENTIONS)}")
 
     with torch.device("meta"):      # shapes only: the weights themselves come from the files
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
-    weights = read_weights(path, device)
+    weights = read_weights(path, torch.device(device))
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
             raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
                              "model.embed_tokens.weight; unset it or drop lm_head.weight")
     check_names_and_shapes(model.state_dict(), weights, path)
-    dtype = weights["model.embed_tokens.weight"].dtype if dtype == "auto" else dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{dtype}: float16 overflows in the vision tower; use bfloat16 or float32")
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    dtype = DTYPES[dtype] or weights["model.embed_tokens.weight"].dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: weights in {dtype}; give dtype bfloat16 or float32")
+    for name in weights:        # one by one, so that both never fill the memory
+        weights[name] = weights[name].to(dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -41,8 +41,6 @@ class Config:
     tie_word_embeddings: bool           # the head is the embedding (3B)
     image_token_id: int
     video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
     vision: VisionConfig
 
     @property
@@ -50,7 +48,7 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
 
-Store = tuple[Tensor, Tensor, Tensor]   # of one layer: slots (T,), and keys and values to write into there
+LayerCache = tuple[Tensor, Tensor, Tensor]  # slots to write (T,), keys and values to write into and attend to
 
 
 class KVCache:
@@ -59,8 +57,8 @@ class KVCache:
     def __init__(
         self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ):
-        layers, key_heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, batch_size, key_heads, max_tokens, config.head_dim)
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch_size, kv_heads, max_tokens, config.head_dim)
         # Zeros, because slots that are masked out enter the product all the same, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -72,7 +70,7 @@ class KVCache:
         self.end.zero_()
 
     def reserve(self, T: int) -> Tensor:
-        """The slots (T,) of the next T tokens. Raises ValueError where there are not so many."""
+        """The slots (T,) of the next T tokens; HF: cache_position. ValueError where they don't fit."""
         max_tokens = self.k.shape[3]
         if self.length + T > max_tokens:
             raise ValueError(f"the cache is full: it holds {self.length} of at most {max_tokens} tokens and "
@@ -82,8 +80,8 @@ class KVCache:
         self.end += T
         return slots
 
-    def stores(self, slots: Tensor, S: int) -> list[Store]:
-        """What each layer writes at `slots` and attends to: its first S slots."""
+    def layers(self, slots: Tensor, S: int) -> list[LayerCache]:
+        """What each layer writes to at `slots`, and attends to: its first S slots."""
         return [(slots, k, v) for k, v in zip(self.k[:, :, :, :S], self.v[:, :, :, :S])]
 
 
@@ -100,15 +98,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, kv)
         self.o_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, store: Store | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, layer_cache: LayerCache | None
+    ) -> Tensor:
         B, T, C = x.shape
-        H, key_heads = self.heads
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + key_heads, C // H)
+        H, kv_heads = self.heads
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + kv_heads, C // H)
         q, k = rotate(qk.transpose(1, 2), cos, sin).split(self.heads, dim=1)        # (B, heads, T, D)
-        v = self.v_proj(x).view(B, T, key_heads, C // H).transpose(1, 2)
-        if store is not None:
-            slots, keys, values = store
-            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)   # (B, key heads, S, D)
+        v = self.v_proj(x).view(B, T, kv_heads, C // H).transpose(1, 2)
+        if layer_cache is not None:
+            slots, keys, values = layer_cache
+            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)   # (B, kv heads, S, D)
         y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -121,21 +121,24 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, store: Store | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, layer_cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or very negative.
+    """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or -inf.
 
-    By order in the sequence and never by position: inside a picture positions repeat and fall back. The
-    lowest finite number and not -inf, because the softmax of a pad that sees nothing would be NaN.
+    By order in the sequence and never by position: inside a picture positions repeat and fall back. A pad
+    sees itself, because the softmax of a row that sees nothing would be NaN.
     """
-    visible = (torch.arange(S, device=slots.device) <= slots[:, None])[None, None]
+    keys, queries = torch.arange(S, device=slots.device), slots[:, None]
+    visible = (keys <= queries)[None, None]
     if attention_mask is not None:
-        visible = visible & attention_mask[:, None, None, :].bool()
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        visible = visible & attention_mask[:, None, None, :].bool() | (keys == queries)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
 class Qwen2_5_VL(nn.Module):
@@ -227,9 +230,9 @@ class Qwen2_5_VL(nn.Module):
         cos, sin = mrope_rotary(
             position_ids, config.head_dim, config.rope_theta, config.mrope_section, x.dtype)
         cos, sin = cos[:, None], sin[:, None]                                   # (B, 1, T, D), for all heads
-        stores = [None] * config.num_hidden_layers if cache is None else cache.stores(slots, S)
-        for layer, store in zip(self.model.layers, stores):
-            x = layer(x, cos, sin, mask, store)
+        layer_caches = [None] * config.num_hidden_layers if cache is None else cache.layers(slots, S)
+        for layer, layer_cache in zip(self.model.layers, layer_caches):
+            x = layer(x, cos, sin, mask, layer_cache)
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)

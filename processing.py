@@ -136,6 +136,8 @@ def conversation(messages: list[dict], add_generation_prompt: bool) -> list[Part
         for item in [{"text": content}] if isinstance(content, str) else content:
             kind = item_kind(item)
             if kind == "text":
+                if re.search(r"[\ud800-\udfff]", item["text"]):
+                    raise ValueError("the text holds half of a surrogate pair; is it UTF-8?")
                 add("text", item["text"])
             else:
                 add("control", VISION_START)
@@ -192,8 +194,11 @@ class Processor:
         video_grid_thw (items, 3) int64; second_per_grid_ts (videos,) float32.
         Raises ValueError for malformed messages, and ValueError or OSError for files it cannot read.
         """
-        batch = messages if messages and isinstance(messages[0], list) else [messages]
-        pixels, grids, rows, intervals = {"image": [], "video": []}, {"image": [], "video": []}, [], []
+        several = isinstance(messages, list) and messages and isinstance(messages[0], list)
+        batch = messages if several else [messages]
+        pixels: dict[str, list] = {"image": [], "video": []}
+        grids: dict[str, list] = {"image": [], "video": []}
+        rows, intervals = [], []
         for one in batch:
             row = []                                                    # of (id, type)
             for part in conversation(one, add_generation_prompt):
@@ -202,7 +207,7 @@ class Processor:
                 else:
                     ids = [self.tokenizer.token_to_id(part.text)]
                 if part.item is not None:
-                    frames, limits, interval = self.open(part)
+                    frames, limits, interval = self.open(part.kind, part.item)
                     patches, grid = self.patches(frames, *limits)
                     pixels[part.kind].append(patches)
                     grids[part.kind].append(grid)
@@ -212,8 +217,8 @@ class Processor:
             rows.append(row)
 
         T, pad = max(map(len, rows)), (self.tokenizer.token_to_id(ENDOFTEXT), 0, 0)
-        table = torch.tensor([[pad] * (T - len(row)) + [(*pair, 1) for pair in row] for row in rows])
-        input_ids, types, mask = table.unbind(dim=2)
+        table = [[pad] * (T - len(row)) + [(*pair, 1) for pair in row] for row in rows]     # (id, type, mask)
+        input_ids, types, mask = torch.tensor(table).unbind(dim=2)
         inputs = dict(input_ids=input_ids, attention_mask=mask, mm_token_type_ids=types.int())
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if pixels[kind]:
@@ -223,21 +228,22 @@ class Processor:
             inputs["second_per_grid_ts"] = torch.tensor(intervals)
         return inputs
 
-    def open(self, part: Part) -> tuple[list[Image.Image], tuple[int, int], float]:
+    def open(self, kind: str, item: dict) -> tuple[list[Image.Image], tuple[float, float], float]:
         """The frames of a picture or video, the least and most pixels of each, seconds per temporal patch."""
-        item = part.item
-        if part.kind == "image":
-            image = open_image(item.get("image", item.get("image_url")))
-            return [image], (self.min_pixels, self.max_pixels), 0.0
+        if kind == "image":
+            limits = item.get("min_pixels") or self.min_pixels, item.get("max_pixels") or self.max_pixels
+            return [open_image(item.get("image", item.get("image_url")))], limits, 0.0
         frames, seconds = open_video(item)
         low, high = self.video_pixels or (VIDEO_MIN_PIXELS, None)
         low, high = item.get("min_pixels") or low, item.get("max_pixels") or high
         if high is None:    # a share of the total; temporal_patch_size frames become tokens together
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / len(frames)
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
-        return frames, (low, high), seconds * self.temporal_patch_size
+        return frames, (min(low, high), high), seconds * self.temporal_patch_size
 
-    def patches(self, frames: list[Image.Image], min_pixels: int, max_pixels: int) -> tuple[np.ndarray, Grid]:
+    def patches(
+        self, frames: list[Image.Image], min_pixels: float, max_pixels: float
+    ) -> tuple[np.ndarray, Grid]:
         """Frames resized, all to one size, normalised in float32 and patchified."""
         width, height = frames[0].size
         factor = self.patch_size * self.merge_size
@@ -269,11 +275,12 @@ def load_processor(
     Raises OSError where a file is missing, ValueError where one is broken or the limits make no sense.
     """
     path = Path(path)
-    settings, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"
-    nested = path / "processor_config.json"     # transformers 5
-    picture = read_json(nested) if nested.exists() and not settings.exists() else read_json(settings)
-    picture = picture.get("image_processor", picture)
-    size, frame_size = picture.get("size") or {}, read_json(video).get("size") if video.exists() else None
+    picture, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"
+    both = path / "processor_config.json"       # transformers 5 writes one file for the two
+    nested = read_json(both) if both.exists() else {}
+    frame = read_json(video) if video.exists() else nested.get("video_processor") or {}
+    picture = nested.get("image_processor") if "image_processor" in nested else read_json(picture)
+    size, frame_size = picture.get("size") or {}, frame.get("size")
     if not (path / "tokenizer.json").exists():
         raise OSError(f"{path / 'tokenizer.json'}: no such file; is {path} a complete checkpoint?")
     try:
@@ -357,7 +364,7 @@ def open_video(item: dict) -> tuple[list[Image.Image], float]:
         if not path.is_dir():
             return sample_frames(path, fps or VIDEO_FPS)
         # By the numbers in the names: frame9 comes before frame10.
-        numbers = lambda file: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", file.name)]
+        numbers = lambda file: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", file.name)]
         source = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=numbers)
     if not source:
         raise ValueError("a video without frames; give a list of pictures, or a folder of them, numbered")

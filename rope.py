@@ -25,12 +25,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @lru_cache
-def speeds(dim: int, theta: float, device: torch.device) -> Tensor:
+def inv_freq(dim: int, theta: float, device: torch.device) -> Tensor:
     """Radians per position of the dim/2 channel pairs, theta^(-2i/dim), fastest first. (dim/2,) float32.
 
-    Computed on the CPU, so that every device turns by the same bits.
+    Computed on the CPU, so that every device starts from the same bits.
     """
-    return (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).to(device)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    return (1.0 / theta**exponents).to(device)
 
 
 # ---------------------------------------------------------------------------- two axes, vision tower
@@ -58,7 +59,7 @@ def vision_rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
 
     HF: Qwen2_5_VLVisionRotaryEmbedding.
     """
-    angles = positions[:, :, None].float() * speeds(head_dim // 2, theta, positions.device)
+    angles = positions[:, :, None].float() * inv_freq(head_dim // 2, theta, positions.device)
     angles = angles.flatten(1).repeat(1, 2)                                                 # (N, D)
     return angles.cos(), angles.sin()
 
@@ -140,7 +141,7 @@ def mrope_rotary(
     Of the D/2 channel pairs, fastest first, section[0] turn with time, the next section[1] with the row, the
     last section[2] with the column: contiguous, not interleaved. HF: Qwen2_5_VLRotaryEmbedding.
     """
-    parts = speeds(head_dim, theta, position_ids.device).split(section)
+    parts = inv_freq(head_dim, theta, position_ids.device).split(section)
     angles = torch.cat([axis[..., None].float() * part for axis, part in zip(position_ids, parts)], dim=-1)
     angles = angles.repeat(1, 1, 2)                                                         # (B, T, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)

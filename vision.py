@@ -74,26 +74,31 @@ Mask = Tensor | str | None
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """(B, kv heads, S, D) -> (B, H, S, D), each for neighbouring query heads; a view where H is the same."""
+    return x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(1, 2)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention by torch's fused kernels: no tensor of T x S unless the mask is one.
 
-    q: (B, H, T, D); k and v: (B, key heads, S, D), each key head shared by H / key heads neighbours in q.
+    q: (B, H, T, D); k and v: (B, kv heads, S, D), each shared by H / kv heads neighbours in q.
     Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
     if T == 1 and mask is not CAUSAL:
-        # One new token: the queries that share a key head become the query axis, and no key is repeated.
+        # One new token: the queries that share a key become the query axis, and no key is repeated.
         return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask).reshape(B, H, T, D)
+    k, v = repeat_heads(k, H), repeat_heads(v, H)   # enable_gqa would rule out the kernels that take a mask
     if mask is CAUSAL:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=H != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), with the softmax in float32. Arguments as for `sdpa`."""
     T, S = q.shape[2], k.shape[2]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    scores = q @ repeat_heads(k, q.shape[1]).transpose(2, 3) * q.shape[3] ** -0.5
     if mask is CAUSAL:
         scores = scores.masked_fill(torch.ones(T, S, device=q.device).triu(1).bool(), -torch.inf)
     elif mask is not None:
@@ -103,7 +108,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """`sdpa` written out, for reading, checking and drawing the weights. Takes T x S of memory per head."""
-    return attention_weights(q, k, mask) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return attention_weights(q, k, mask) @ repeat_heads(v, q.shape[1])
 
 
 # ---------------------------------------------------------------------------- patches and windows
@@ -233,17 +238,18 @@ class VisionTransformer(nn.Module):
         elsewhere it has to be fetched.
         """
         config, weight = self.config, self.patch_embed.proj.weight
-        merge = config.spatial_merge_size
-        order, windows = window_order(grid_thw, merge, config.window_size // (config.patch_size * merge))
-        frames = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
-
-        # Into window order once and out of it once, at the end: positions move along, full blocks don't mind.
-        in_groups = (-1, merge**2)
+        merge, in_groups = config.spatial_merge_size, (-1, config.spatial_merge_size**2)
+        order, windowed = window_order(grid_thw, merge, config.window_size // (config.patch_size * merge))
+        full = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
         positions = vision_positions(grid_thw, merge).unflatten(0, in_groups)[order].flatten(0, 1)
-        cos, sin = vision_rotary(positions.to(weight.device), config.hidden_size // config.num_heads)
+        order, back, positions = (
+            x.to(weight.device, non_blocking=True) for x in (order, order.argsort(), positions))
+
+        cos, sin = vision_rotary(positions, config.hidden_size // config.num_heads)
         cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): q and k, all heads
+        # Into window order once, and out of it once at the end: full blocks don't mind.
         x = self.patch_embed(pixel_values.to(weight.dtype))                                     # (N, C)
-        x = x.unflatten(0, in_groups)[order.to(x.device)].flatten(0, 1)
+        x = x.unflatten(0, in_groups)[order].flatten(0, 1)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
-        return self.merger(x)[order.argsort().to(x.device)]
+            x = block(x, cos, sin, full if i in config.fullatt_block_indexes else windowed)
+        return self.merger(x)[back]

@@ -13,16 +13,16 @@ from PIL import Image
 from test_model import MIXED_ROWS, ROWS, VIDEO_ROWS
 
 import generate as module
-from generate import choose, generate, main, text_of
+from generate import generate, main, sample, text_of
 
 ROOT = Path(__file__).parent.parent
 
 
 def ours(model, inputs, monkeypatch=None, **settings):
     """Tokens (B, n) and the logits they were chosen from."""
-    logits, original = [], module.choose
+    logits, original = [], module.sample
     if monkeypatch:
-        monkeypatch.setattr(module, "choose", lambda x, *args: logits.append(x.clone()) or original(x, *args))
+        monkeypatch.setattr(module, "sample", lambda x, *args: logits.append(x.clone()) or original(x, *args))
     return torch.stack(list(generate(model, inputs, **settings)), dim=1), logits
 
 
@@ -97,8 +97,8 @@ def test_penalty_for_pads_or_answer_only(pairs):
         inputs["input_ids"][1, :21] = pad
         assert torch.equal(ours(model, inputs, **settings)[0][1], answer)
     logits, seen = torch.tensor([[2.0, 1.9, -0.1]]), torch.tensor([[True, False, True]])
-    assert choose(logits, seen, 0.0, 0, 1.0, 1.1, None).tolist() == [1]
-    assert choose(-logits, ~seen, 0.0, 0, 1.0, 30.0, None).tolist() == [2]      # negative ones move down, too
+    assert sample(logits, seen, 0.0, 0, 1.0, 1.1, None).tolist() == [1]
+    assert sample(-logits, ~seen, 0.0, 0, 1.0, 30.0, None).tolist() == [2]      # negative ones move down, too
 
 
 def test_end_tokens_cut_to_one(pairs):
@@ -146,7 +146,7 @@ def test_captured_step_differs_from_the_plain_loop(pairs, monkeypatch):
 
 def test_context_exceeded(pairs):
     with pytest.raises(ValueError, match="20 tokens and 4090 new ones exceed the context of 4096"):
-        next(generate(pairs("sdpa").ours, prompts([[20]]), max_new_tokens=4090))
+        generate(pairs("sdpa").ours, prompts([[20]]), max_new_tokens=4090)
 
 
 def test_half_a_character_is_shown(published):
@@ -211,11 +211,15 @@ def test_sampling_flag_overrides_the_checkpoint(capsys):
     (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'; see"),
     (["--max-new-tokens", "99999"], "exceed the context of 32768: use fewer new tokens"),
     (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
+    (["--max-new-tokens", "-1000"], "max_new_tokens -1000: must be at least 1"),
+    (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or above"),
     (["--top-p", "0"], "top_p 0.0: must be above 0 and at most 1"),
+    (["--model", "tiny", "--prompt", "\udcff"], "the text holds half of a surrogate pair; is it UTF-8?"),
+    (["--device", "mps"], "device mps: not to be had here; use cpu"),
     (["--max-pixels", "-5"], "max_pixels -5: must be above 0"),
-    (["--dtype", "float16"], "torch.float16: float16 overflows in the vision tower; use bfloat16"),
-    (["--device", "cuda"], "device cuda: this torch finds no CUDA here; use cpu"),
-    (["--device", "toaster"], "device toaster: "),
+    (["--dtype", "float16"], "dtype float16: use bfloat16 or float32; float16 overflows in the vision tower"),
+    (["--device", "cuda"], "device cuda: not to be had here; use cpu"),
+    (["--device", "toaster"], "device toaster: not to be had here; use cpu"),
 ])
 def test_mistake_answered_with_a_traceback(argv, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -114,9 +114,11 @@ def test_class_defaults_as_fall_backs(tmp_path):
     (dict(num_attention_heads=27),
      "hidden_size in num_attention_heads must come out even and 3584 / 27 does not"),
     (dict(num_key_value_heads=3), "query heads in num_key_value_heads"),
-    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])), "half of head_dim in mrope_section"),
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[8, 12, 12])), "32 and 64 are not"),
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])),
+     "the sum of mrope_section and half of head_dim must be equal, 65 and 64 are not"),
     (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)),
-     "vision out_hidden_size in hidden_size must come out even and 2048 / 3584"),
+     "vision out_hidden_size and hidden_size must be equal, 2048 and 3584 are not"),
     (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for the VisionConfig"),
 ])
 def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
@@ -162,7 +164,7 @@ def test_shards_and_names(saved):
 
 
 def test_ready_to_answer(saved):
-    model = load_model(saved[0], device="cpu", dtype=torch.bfloat16, attention="eager")
+    model = load_model(saved[0], device="cpu", dtype="bfloat16", attention="eager")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -238,9 +240,14 @@ def test_damaged_checkpoint(saved, damage, error, message):
         load_model(saved[0])
 
 
-def test_float16_overflows(saved):
-    with pytest.raises(ValueError, match="float16 overflows"):
-        load_model(saved[0], dtype=torch.float16)
+@pytest.mark.parametrize("settings, message", [
+    (dict(dtype=torch.float16), "dtype torch.float16: use bfloat16 or float32; float16 overflows"),
+    (dict(device="cuda:99"), "device cuda:99: not to be had here; use cpu"),
+    (dict(attention="flash"), "attention flash: use sdpa or eager"),
+])
+def test_float16_overflows(saved, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(saved[0], **settings)
 
 
 def test_weights_copied_into_memory(tmp_path):
@@ -276,7 +283,10 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("saved, expected", [
     (dict(do_sample=True, temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6),
-     dict(temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6)),
+     dict(temperature=1e-6, top_k=50, top_p=1.0, repetition_penalty=1.05, eos_token_id=[5, 6],
+          pad_token_id=6)),
+    (dict(do_sample=True, top_p=0.8, eos_token_id=5, pad_token_id=6),
+     dict(temperature=1.0, repetition_penalty=1.0, top_p=0.8, top_k=50, eos_token_id=5, pad_token_id=6)),
     (dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6),
      dict(temperature=0.7, repetition_penalty=1.0, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6)),
     (dict(eos_token_id=5, temperature=0.7),

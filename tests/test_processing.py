@@ -195,6 +195,11 @@ def test_typed_tool_call_is_cut_up(processor, token):
     assert processor.tokenizer.token_to_id(token) in processor(user(text(f"a {token}")))["input_ids"]
 
 
+def test_limits_of_one_picture_ignored(processor):
+    item = image(picture(300, 300)) | {"min_pixels": 3136, "max_pixels": 10_000}
+    assert processor(user(item))["image_grid_thw"].tolist() == [[1, 6, 6]]
+
+
 def test_batch_padded_on_the_right(processor):
     rows = [user(image(RED), text("What?")),
             user(text("A much longer question, without a picture, about nothing.")),
@@ -297,11 +302,13 @@ def test_video_pixels_unbounded(published, tmp_path):
 def test_settings_of_transformers_5(published, tmp_path):
     """processor_config.json with an image_processor block, and sizes by edges."""
     (tmp_path / "tokenizer.json").write_bytes((published[0] / "tokenizer.json").read_bytes())
-    (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_processor=dict(
-        size=dict(shortest_edge=784, longest_edge=7840), image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        merge_size=2))))
+    sizes = lambda most: dict(size=dict(shortest_edge=784, longest_edge=most))
+    (tmp_path / "processor_config.json").write_text(json.dumps(dict(
+        video_processor=sizes(15680),
+        image_processor=sizes(7840) | dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, merge_size=2))))
     processor = load_processor(tmp_path)
     assert (processor.min_pixels, processor.max_pixels) == (784, 7840)
+    assert processor.video_pixels == (784, 15680)
     white = user(image(Image.new("RGB", (56, 56), "white")))
     assert processor(white)["pixel_values"].unique().tolist() == [1.0]
 
@@ -341,6 +348,7 @@ def test_file_is_not_a_picture(processor, tmp_path, name, message):
 
 @pytest.mark.parametrize("messages, message", [
     ([], "a conversation is a list of messages"),
+    ({"role": "user", "content": "x"}, "a conversation is a list of messages"),
     ("hello", "a conversation is a list of messages"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([{"role": "user"}], "content is a string or a list, not NoneType"),

@@ -38,7 +38,8 @@ def pictures(inputs: dict, merge: int, window: int) -> tuple[list[Layout], list[
             whole.append(Layout(t, [(1, h * w)]))
             windowed.append(layout)
             cut = ", ".join(f"{n} of {size} patches" for n, size in layout.runs)
-            words.append(f"grid: {t} x {h} x {w} patches (time, rows, columns), {t * h * w // merge**2} tokens; "
+            tokens = t * h * w // merge**2
+            words.append(f"grid: {t} x {h} x {w} patches (time, rows, columns), {tokens} tokens; "
                          f"windows in each frame: {cut}")
     return whole, windowed, words
 
@@ -64,8 +65,8 @@ def journey(model: Qwen2_5_VL, inputs: dict, processor: Processor) -> list[str]:
 
     N, full = sum(layout.patches for layout in whole), len(tower.fullatt_block_indexes)
     head = model.model.embed_tokens if config.tie_word_embeddings else model.lm_head
-    embed, blocks, merger, layers = map(parameters, (
-        model.visual.patch_embed, model.visual.blocks, model.visual.merger, model.model.layers))
+    embed, blocks, merger, layers, head = map(parameters, (
+        model.visual.patch_embed, model.visual.blocks, model.visual.merger, model.model.layers, head))
     attention = full * attention_flops(whole, width) + (tower.depth - full) * attention_flops(windowed, width)
     causal = 2 * config.num_hidden_layers * T * T * C
     rows = [
@@ -79,7 +80,7 @@ def journey(model: Qwen2_5_VL, inputs: dict, processor: Processor) -> list[str]:
     rows += [
         ("embed", (1, T, C), "vision tokens at their placeholders", parameters(model.model.embed_tokens), 0),
         (f"{config.num_hidden_layers} layers", (1, T, C), "the decoder", layers, 2 * T * layers + causal),
-        ("head", (1, 1, config.vocab_size), "the last token's logits", parameters(head), 2 * parameters(head)),
+        ("head", (1, 1, config.vocab_size), "logits of the last token", head, 2 * head),
     ]
     lines += [f"{stage:20} {shape!s:>18}  {what:38} {count:15,} {flops / 1e9:9.3f}"
               for stage, shape, what, count, flops in rows]
