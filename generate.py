@@ -149,13 +149,12 @@ def answer(
 ) -> Iterator[Tensor]:
     """The loop of `generate`; choose(logits, seen) says the next tokens."""
     # Grids stay on the CPU: the vision tower cuts its windows by them and so never waits for the device.
-    grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
     input_ids, weight = inputs["input_ids"], model.model.norm.weight
+    grids = {name: grid for name, grid in inputs.items() if name.endswith("grid_thw")}
+    pixels = {name: x.to(weight.device) for name, x in inputs.items() if name.startswith("pixel_values")}
     attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
     position_ids, next_position = model.positions(
         input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
-    names = ("pixel_values", "pixel_values_videos")
-    pixels = {name: inputs[name].to(weight.device) for name in names if name in inputs}
 
     (B, T), unpadded = input_ids.shape, bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1)
@@ -278,10 +277,7 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> None:
-    def note(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    messages = messages_of(args)
+    messages, note = messages_of(args), lambda text: print(text, file=sys.stderr, flush=True)
     if args.model is None:
         *media, question = messages[-1]["content"]
         names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
@@ -298,8 +294,7 @@ def run(args: argparse.Namespace) -> None:
     weight, T, side = model.model.norm.weight, inputs["input_ids"].shape[1], processor.patch_size
     grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
     sizes = ", ".join(f"{w * side}x{h * side}" + (f" in {t} steps" if t > 1 else "") for t, h, w in grids)
-    graph = False if args.no_graph else None
-    steps = generate(model, inputs, args.max_new_tokens, **settings, graph=graph)
+    steps = generate(model, inputs, args.max_new_tokens, **settings, graph=False if args.no_graph else None)
     weights = sum(p.nbytes for p in model.parameters())
     stored = 2 * KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype).k.nbytes
     note(f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, cache {stored / 1e9:.3f} GB, "

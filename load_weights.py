@@ -17,10 +17,7 @@ from processing import read_json
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
-DTYPES = {
-    "auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32,
-    torch.bfloat16: torch.bfloat16, torch.float32: torch.float32,
-}
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # What all published checkpoints share, for keys that a config.json leaves out: the 32B's has neither a window
@@ -62,12 +59,10 @@ def checkpoint(name: str | Path) -> Path:
 # ---------------------------------------------------------------------------- config
 
 def load_config(path: str | Path) -> Config:
-    """The config of a checkpoint directory, in any dialect: flat, flat and sparse, or nested under
-    text_config.
+    """The config of a checkpoint directory in any dialect: flat, flat and sparse, nested under text_config.
 
-    Raises OSError where it is missing, and ValueError where it is broken or asks for what is not computed
-    here: other models and activations, quantised weights, sliding windows, scaled rotaries, sizes that don't
-    divide.
+    Raises OSError where it is missing; ValueError where it is broken, its sizes don't fit together, or it asks
+    for what is not computed here: other models and activations, quantisation, sliding windows, scaled rotaries.
     """
     path = Path(path) / "config.json"
     top = read_json(path)
@@ -119,8 +114,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def load_generation_config(path: str | Path) -> dict:
-    """The arguments of `generate` with which it answers as Hugging Face does by default for this checkpoint.
-    """
+    """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
     path = Path(path) / "generation_config.json"
     saved = read_json(path) if path.exists() else {}
     settings = dict(
@@ -172,21 +166,6 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
     return weights
 
 
-def check_names_and_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError that names the tensors which are missing, left over, or of another shape."""
-    missing = sorted(expected.keys() - weights.keys())
-    extra = sorted(weights.keys() - expected.keys())
-    misshapen = [f"{name} {tuple(weights[name].shape)} (not {tuple(tensor.shape)})"
-                 for name, tensor in expected.items()
-                 if name in weights and weights[name].shape != tensor.shape]
-    for names, what in ((missing, "are missing"), (extra, "are not part of this model"),
-                        (misshapen, "have another shape than config.json says")):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{path}: tensors {what}: {', '.join(names[:5])}{more}; "
-                             "do config.json and the weights belong together?")
-
-
 def load_model(
     path: str | Path,
     device: str | torch.device = "auto",
@@ -209,7 +188,8 @@ def load_model(
         devices = ["cpu"]
     if str(device) not in devices:
         raise ValueError(f"device {device}: not to be had here; use {' or '.join(devices)}")
-    if dtype not in DTYPES:
+    wanted = DTYPES.get(dtype, dtype)
+    if wanted not in DTYPES.values():
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention}: use {' or '.join(ATTENTIONS)}")
@@ -221,11 +201,20 @@ def load_model(
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
             raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
                              "model.embed_tokens.weight; unset it or drop lm_head.weight")
-    check_names_and_shapes(model.state_dict(), weights, path)
-    dtype = DTYPES[dtype] or weights["model.embed_tokens.weight"].dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"{path}: weights in {dtype}; give dtype bfloat16 or float32")
-    for name in weights:        # one by one, so that both never fill the memory
-        weights[name] = weights[name].to(dtype)
+    expected = model.state_dict()
+    misshapen = [f"{name} {tuple(p.shape)} (not {tuple(expected[name].shape)})"
+                 for name, p in weights.items() if name in expected and p.shape != expected[name].shape]
+    for names, what in (
+        (expected.keys() - weights.keys(), "are missing"),
+        (weights.keys() - expected.keys(), "are not part of this model"),
+        (misshapen, "have another shape than config.json says"),
+    ):
+        if names:
+            raise ValueError(f"{path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
+    own = weights["model.embed_tokens.weight"].dtype
+    if wanted is None and own not in DTYPES.values():
+        raise ValueError(f"{path}: its weights are {own}; give dtype bfloat16 or float32")
+    for name in weights:        # one by one, so that memory never holds all of them twice
+        weights[name] = weights[name].to(wanted or own)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and f
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def conversation(messages: list[dict], add_generation_prompt: bool) -> list[Part
 
 
 def item_kind(item: object) -> str:
-    """What an item of a content list is: a key named image makes it one, whatever its type says."""
+    """What an item of a content list is; a key named image makes it a picture, whatever its type says."""
     if isinstance(item, dict):
         if item.get("type") == "image" or "image" in item or "image_url" in item:
             return "image"
@@ -196,9 +197,7 @@ class Processor:
         """
         several = isinstance(messages, list) and messages and isinstance(messages[0], list)
         batch = messages if several else [messages]
-        pixels: dict[str, list] = {"image": [], "video": []}
-        grids: dict[str, list] = {"image": [], "video": []}
-        rows, intervals = [], []
+        pixels, grids, rows, intervals = defaultdict(list), defaultdict(list), [], []
         for one in batch:
             row = []                                                    # of (id, type)
             for part in conversation(one, add_generation_prompt):
@@ -212,7 +211,7 @@ class Processor:
                     pixels[part.kind].append(patches)
                     grids[part.kind].append(grid)
                     intervals += [interval] if part.kind == "video" else []
-                    ids = ids * (math.prod(grid) // self.merge_size**2)     # a placeholder per merge group
+                    ids *= math.prod(grid) // self.merge_size**2        # a placeholder per merge group
                 row += [(i, {"image": 1, "video": 2}.get(part.kind, 0)) for i in ids]
             rows.append(row)
 
@@ -272,7 +271,7 @@ def load_processor(
 ) -> Processor:
     """The processor of a checkpoint directory; min_pixels and max_pixels, of a picture, override its own.
 
-    Raises OSError where a file is missing, ValueError where one is broken or the limits make no sense.
+    Raises OSError where a file is missing, ValueError where it is broken or the limits make no sense.
     """
     path = Path(path)
     picture, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"

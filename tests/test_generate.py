@@ -39,7 +39,7 @@ def theirs(hf, inputs, n=32, seed=None, **settings):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-def test_greedy(pair, rows, penalty, monkeypatch):
+def test_decoding_at_the_cache_length(pair, rows, penalty, monkeypatch):
     """A decode at the cache's length, one position too far, or with another row's positions: all show here.
     """
     inputs = prompts(rows)
@@ -59,7 +59,7 @@ def test_greedy(pair, rows, penalty, monkeypatch):
     dict(temperature=1.3, top_k=40, top_p=0.8, repetition_penalty=1.1),
 ], ids=str)
 @pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"]], ids=["one", "padded"])
-def test_sampling(pairs, rows, settings):
+def test_filters_in_another_order(pairs, rows, settings):
     pair, inputs = pairs("sdpa"), prompts(rows)
     if "repetition_penalty" in settings:    # Hugging Face penalises pads too: let pad be one the prompt has
         inputs["input_ids"][inputs["attention_mask"] == 0] = 509
@@ -71,7 +71,7 @@ def test_sampling(pairs, rows, settings):
 
 @pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, ROWS["padded batch"]],
                          ids=["video", "mixed", "padded"])
-def test_cached_decode_equals_full_forward(pair, rows, monkeypatch):
+def test_decoding_drifts_from_one_pass(pair, rows, monkeypatch):
     """The logits of every step are those of one pass over prompt and answer; transformers 5.23.0 fails after
     a video.
     """
@@ -162,7 +162,7 @@ def test_half_a_character_is_shown(published):
 
 # ---------------------------------------------------------------------------- the command line
 
-def test_first_command(capsys):
+def test_first_command_says_more_than_the_answer(capsys):
     """`python generate.py`: the answer on stdout and nothing else, the rest on stderr."""
     assert main([]) == 0
     out, err = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_first_command(capsys):
     assert after.startswith("first token after ") and " tokens; peak memory " in after
 
 
-def test_flags(capsys, tmp_path):
+def test_flags_without_effect(capsys, tmp_path):
     picture = ROOT / "assets" / "demo.png"
     frames = tmp_path / "frames"
     frames.mkdir()

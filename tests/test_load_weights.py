@@ -81,7 +81,7 @@ def test_sparse_config_read_as_having_no_windows(tmp_path):
 
 
 @pytest.mark.parametrize("size", FAMILY)
-def test_three_dialects_of_one_config(size, tmp_path):
+def test_dialect_read_otherwise(size, tmp_path):
     """Flat as published, and nested as transformers 5 saves it, where rope_theta and the tie have moved."""
     ours = load_config(write(tmp_path, flat(size)))
     Qwen2_5_VLConfig(**flat(size)).save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def same(a, b):
     return torch.equal(a(**inputs), b(**inputs))
 
 
-def test_shards_and_names(saved):
+def test_shards_or_live_names_not_found(saved):
     """Shards, one file, and the names inside Hugging Face's live module, all give the same model."""
     directory, pair = saved
     assert same(load_model(directory), pair.ours)
@@ -163,15 +163,15 @@ def test_shards_and_names(saved):
     assert same(load_model(directory), pair.ours)
 
 
-def test_ready_to_answer(saved):
+def test_left_in_training_mode(saved):
     model = load_model(saved[0], device="cpu", dtype="bfloat16", attention="eager")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "tensors are missing: visual.blocks.2.attn.qkv.bias"),
-    (lambda w: w.update(extra=torch.zeros(1)), "tensors are not part of this model: extra"),
+    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "1 tensors are missing: visual.blocks.2.attn.qkv.bias"),
+    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
     (lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
      r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
 ])
@@ -245,7 +245,7 @@ def test_damaged_checkpoint(saved, damage, error, message):
     (dict(device="cuda:99"), "device cuda:99: not to be had here; use cpu"),
     (dict(attention="flash"), "attention flash: use sdpa or eager"),
 ])
-def test_float16_overflows(saved, settings, message):
+def test_float16_overflows_or_no_such_device(saved, settings, message):
     with pytest.raises(ValueError, match=message):
         load_model(saved[0], **settings)
 
@@ -292,6 +292,6 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
     (dict(eos_token_id=5, temperature=0.7),
      dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),
 ])
-def test_generation_defaults(saved, expected, tmp_path):
+def test_generation_defaults_differ(saved, expected, tmp_path):
     write(tmp_path, saved, "generation_config.json")
     assert load_generation_config(tmp_path) == expected

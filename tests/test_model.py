@@ -68,14 +68,14 @@ def test_attention_too_flat_to_show_a_bug(pairs, monkeypatch):
 # ---------------------------------------------------------------------------- against Hugging Face
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-def test_logits(pair, rows):
+def test_logits_differ(pair, rows):
     inputs = prompts(rows)
     assert_close("logits", pair.ours(**inputs), hf_logits(pair.hf, inputs), inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, [[30], *MIXED_ROWS]],
                          ids=["video", "mixed", "padded"])
-def test_video_logits_at_our_positions(pair, rows):
+def test_video_logits_differ_at_our_positions(pair, rows):
     """Everything about video but the positions, in which transformers 5.23.0 errs (test_rope.py)."""
     inputs = prompts(rows)
     theirs = hf_logits(pair.hf, inputs, positions(pair.ours, inputs)[0])
@@ -242,8 +242,8 @@ def random_case(seed):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_mix(seed, tmp_path):
-    """To see one again: pytest -k "random_mix[17]"."""
+def test_random_mix_differs(seed, tmp_path):
+    """To see one again: pytest -k "random_mix_differs and 17"."""
     changes, rows = random_case(seed)
     pair = make_pair(tmp_path, attention=["sdpa", "eager"][seed % 2], seed=seed, **changes)
     inputs = prompts(rows, seed)

@@ -52,7 +52,7 @@ def test_sizes_rounded_half_up(size, expected):
     assert smart_resize(*size, 28, 3136, 1003520) == expected
 
 
-def test_sizes():
+def test_sizes_differ():
     assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # above max_pixels: no side under 28
     rng = random.Random(0)
     for _ in range(2000):
@@ -86,7 +86,7 @@ def assert_same_pixels(processor, source, opened=None):
 
 
 @pytest.mark.parametrize("width, height", [(280, 364), (301, 97), (30, 700), (900, 613), (5, 8)])
-def test_pixels(processor, width, height):
+def test_wrong_filter_or_sides_swapped(processor, width, height):
     assert_same_pixels(processor, picture(width, height))
 
 
@@ -122,7 +122,7 @@ def test_orientation_ignored(processor, tmp_path):
     assert processor(user(image(tmp_path / "turned.png")))["image_grid_thw"].tolist() == [[1, 8, 22]]
 
 
-def test_patch_rows():
+def test_patches_in_the_wrong_order():
     """A row is one patch, channel by frame by y by x; a still picture is its frame twice; groups lie
     together.
     """

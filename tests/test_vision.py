@@ -35,7 +35,7 @@ def test_windows_left_out_or_not_put_back(pair, grids):
 
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
-def test_window_membership(grids):
+def test_windows_of_another_size(grids):
     """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they
     were.
     """

@@ -310,7 +310,7 @@ def make_checkpoint(path: Path) -> None:
 
 LATE = 0.55                                                     # of the steps; then come lists and videos
 PER_PICTURE = dict(describe=1, locate=2, count=2, color=1)      # questions, and one "every" for some
-VIDEOS, LISTS = 0.12, 0.4                                       # shares of batches and of pictures
+VIDEOS, LISTS = 0.3, 0.4                                        # shares of batches and of pictures
 
 
 class Batches(torch.utils.data.Dataset):
@@ -677,7 +677,7 @@ def main() -> None:
     add("--work", type=Path, default=Path("runs/tiny"),
         help="where the checkpoint grows; an interrupted run goes on")
     add("--seed", type=int, default=1)
-    add("--steps", type=int, default=4500)
+    add("--steps", type=int, default=4200)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=32, help="pictures")
     add("--lr", type=float, default=1.2e-3)
