@@ -61,8 +61,8 @@ def checkpoint(name: str | Path) -> Path:
 def load_config(path: str | Path) -> Config:
     """The config of a checkpoint directory in any dialect: flat, flat and sparse, nested under text_config.
 
-    Raises OSError where it is missing; ValueError where it is broken, its sizes don't fit together, or it asks
-    for what is not computed here: other models and activations, quantisation, sliding windows, scaled rotaries.
+    Raises OSError where it is missing; ValueError where it is broken, where its sizes don't fit together, and
+    for what is not computed here: other models and activations, quantisation, sliding windows, scaled rotary.
     """
     path = Path(path) / "config.json"
     top = read_json(path)

@@ -170,7 +170,7 @@ def test_left_in_training_mode(saved):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("visual.blocks.2.attn.qkv.bias"), "1 tensors are missing: visual.blocks.2.attn.qkv.bias"),
+    (lambda w: w.pop("visual.merger.ln_q.weight"), "1 tensors are missing: visual.merger.ln_q.weight"),
     (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
     (lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
      r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),

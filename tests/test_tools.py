@@ -4,12 +4,15 @@ import json
 
 import boxes
 import bugs
+import explain
+import figures
 import pytest
 import torch
 import train_tiny
 from PIL import Image
 
 from processing import load_processor
+from vision import window_order
 
 
 @pytest.mark.parametrize("answer, expected", [
@@ -100,3 +103,29 @@ def test_bug_entries_are_stale():
     for bug in bugs.BUGS:
         assert (bugs.ROOT / bug.file).read_text().count(bug.right) == 1, bug.name
         assert len({bug.name for bug in bugs.BUGS}) == len(bugs.BUGS)
+
+
+def test_figures_show_other_numbers(tmp_path):
+    first, windows, prompt = (draw(tmp_path) for draw in figures.FIGURES)
+    assert first["windows"].tolist() == [[0] * 4 + [1] * 4] * 4 + [[2] * 4 + [3] * 4] * 2
+    assert len(first["boxes"]) >= 1
+    order, _ = window_order(torch.tensor([[1, 12, 20]]), merge_size=2, window=4)
+    assert torch.equal(windows["order"], order) and windows["full"] == [7, 15, 23, 31]
+    numbers = windows["windows"].flatten()
+    assert torch.equal(numbers[order], numbers.sort().values)
+    assert prompt["positions"][:, 15:22].tolist() == [
+        [15, 15, 15, 15, 15, 15, 18], [15, 15, 15, 16, 16, 16, 18], [15, 16, 17, 15, 16, 17, 18]]
+    assert {file.name for file in tmp_path.iterdir()} == {"first.png", "windows.png", "positions.png"}
+
+
+def test_explanation_of_another_run(capsys):
+    """The numbers that it prints, for the demo: 168 x 224 pixels, 12 x 16 patches, 48 tokens."""
+    assert explain.main([]) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        "original: 224 x 168 pixels", "grid: 1 x 12 x 16 patches (time, rows, columns), 48 tokens; windows "
+        "in each frame: 2 of 64 patches, 2 of 32 patches", "prompt: 73 tokens, 48 of them", "cache slot 73, at "
+        "position 33", "token 62 at (15, 20, 22), token 63 at (23, 23, 23)", "1,280 bytes per token",
+    ):
+        assert expected in out
+    assert explain.main(["--image", "nowhere.png"]) == 2

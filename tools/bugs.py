@@ -120,7 +120,8 @@ BUGS = [
         "test_model.py::test_prefill_makes_a_mask"),
     Bug("decode at the cache length", "generate.py",
         "axes = position.expand(3, -1, -1)       # text moves all three alike",
-        "axes = torch.full_like(position, cache.length).expand(3, -1, -1)", "test_generate.py::test_decoding_at_the_cache_length"),
+        "axes = torch.full_like(position, cache.length).expand(3, -1, -1)",
+        "test_generate.py::test_decoding_at_the_cache_length"),
     Bug("tower run for every token", "generate.py",
         "    logits = model.decode(model.embed(token), axes, mask, cache, last_only=True)",
         "    g = torch.tensor([[1, 4, 4]])\n    model.visual(torch.zeros(16, 1176), g)\n"
