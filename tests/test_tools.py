@@ -2,6 +2,7 @@
 
 import json
 
+import benchmark
 import boxes
 import bugs
 import explain
@@ -124,8 +125,29 @@ def test_explanation_of_another_run(capsys):
     out = capsys.readouterr().out
     for expected in (
         "original: 224 x 168 pixels", "grid: 1 x 12 x 16 patches (time, rows, columns), 48 tokens; windows "
-        "in each frame: 2 of 64 patches, 2 of 32 patches", "prompt: 73 tokens, 48 of them", "cache slot 73, at "
+        "in each frame: 2 of 64 patches, 2 of 32 patches", "prompt: 73 tokens, 48 of them", "slot 73, at "
         "position 33", "token 62 at (15, 20, 22), token 63 at (23, 23, 23)", "1,280 bytes per token",
     ):
         assert expected in out
     assert explain.main(["--image", "nowhere.png"]) == 2
+
+
+def test_ratio_of_outputs_that_disagree(monkeypatch):
+    monkeypatch.setattr(benchmark, "PAIRS", 1)
+    monkeypatch.setattr(benchmark, "COPY_BYTES", 2**20)
+    with torch.no_grad():
+        rows = benchmark.rows_of("host", "cpu", torch.float32, benchmark.copy_bandwidth("cpu"))
+        assert [row.what.split(",")[0] for row in rows] == [
+            "loading", "vision", "vision", "first token of 128", "decode"]
+        assert all(row.text().count("|") == 8 and len(row.ours) == len(row.hf) == 1 for row in rows)
+
+        made = benchmark.ours_of
+        def wrong(hf):
+            ours = made(hf)
+            ours.model.norm.eps = 0.1
+            return ours
+        monkeypatch.setattr(benchmark, "ours_of", wrong)
+        with pytest.raises(ValueError, match="host: logits differ by .*; no ratio for what does not agree"):
+            benchmark.rows_of("host", "cpu", torch.float32, 1.0)
+        with pytest.raises(ValueError, match="tiny: from the float32 logits|tiny: logits differ"):
+            benchmark.rows_of("tiny", "cpu", torch.float32, 1.0)

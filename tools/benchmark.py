@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
 from load_weights import PUBLISHED_PREFIX, load_config, load_model
-from model import KVCache, Qwen2_5_VL
+from model import Config, KVCache, Qwen2_5_VL
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS, TOLERANCE, BFLOAT16_FACTOR = 10, 1e-5, 1.5
@@ -133,13 +133,13 @@ def picture(side: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]
     return pixels.to(device, dtype), torch.tensor([[1, patches, patches]])
 
 
-def prompt(config: dict | object, side: int, text: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def prompt(config: Config, side: int, text: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """A picture and some text, as a processor gives them."""
     pixels, grid = picture(side, dtype, device)
-    start, image, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     words = torch.randint(0, 256, (text,), generator=torch.Generator().manual_seed(1)).tolist()
-    ids = torch.tensor([[*words[:8], start, *[image] * (len(pixels) // 4), end, *words[8:]]], device=device)
-    types = (ids == image).int()
+    image = [config.image_token_id] * (len(pixels) // 4)
+    ids = torch.tensor([[*words[:8], *image, *words[8:]]], device=device)
+    types = (ids == config.image_token_id).int()
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types,
                 pixel_values=pixels, image_grid_thw=grid)
 
@@ -150,6 +150,7 @@ def ours_tokens(model: Qwen2_5_VL, inputs: dict, count: int, graph: bool | None 
 
 def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: int, **settings) -> list[int]:
     model.model.rope_deltas = None
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}      # it wants the grids there, too
     out = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **settings)
     return out[0, inputs["input_ids"].shape[1]:].tolist()
 
@@ -170,7 +171,8 @@ def disagreement_of(hf, ours, device: str, dtype: torch.dtype) -> str:
     inputs = prompt(ours.config, 280, 24, dtype, device)
     difference = lambda a, b: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
     hf.model.rope_deltas = None
-    a, b = ours(**inputs), hf(**inputs, use_cache=False).logits
+    there = {name: x.to(device) for name, x in inputs.items()}
+    a, b = ours(**inputs), hf(**there, use_cache=False).logits
     if dtype == torch.float32:
         if difference(a, b) > TOLERANCE:
             return f"logits differ by {difference(a, b):.1e}"
@@ -264,7 +266,7 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
     for side in (896, 1792) if cuda else (224, 448):
         pixels, grid = picture(side, dtype, device)
         rows.append(compare(f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
-                            lambda: hf.model.visual(pixels, grid_thw=grid)))
+                            lambda: hf.model.visual(pixels, grid_thw=grid.to(device))))
     inputs = prompt(ours.config, 896 if cuda else 224, 64, dtype, device)
     rows.append(compare(f"first token of {inputs['input_ids'].shape[1]}",
                         lambda: ours_tokens(ours, inputs, 1), lambda: hf_tokens(hf, inputs, 1)))
@@ -301,12 +303,16 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
     sides, times = (112, 224, 336, 448, 560, 672), []
     for side in sides:
         pixels, grid = picture(side, dtype, device)
-        row = alternate(Row("", ""), lambda: seconds(lambda: ours.visual(pixels, grid), device),
-                        lambda: seconds(lambda: hf.model.visual(pixels, grid_thw=grid), device), device)
+        our_tower = lambda: ours.visual(pixels, grid)
+        their_tower = lambda: hf.model.visual(pixels, grid_thw=grid.to(device))
+        row = alternate(Row("", ""), lambda: seconds(our_tower, device),
+                        lambda: seconds(their_tower, device), device)
         times.append((median(row.ours), median(row.hf)))
     matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
     flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
-    weights = sum(p.numel() for p in ours.visual.parameters())
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    tower = ours.visual         # the merger works on four patches at a time
+    weights = count(tower.patch_embed) + count(tower.blocks) + count(tower.merger) / 4
     limits = [2 * weights * (side // 14) ** 2 / flops for side in sides]
     contexts, steps = (256, 1024, 2048, 4096), []
     for context in contexts:
