@@ -180,11 +180,11 @@ def test_flags_without_effect(capsys, tmp_path):
     for i in range(4):
         Image.new("RGB", (112, 112), (255, 250 - i, 250)).save(frames / f"{i}.png")
     two = ["--image", str(picture), "--image", str(picture), "--video", str(frames), "--fps", "2"]
-    assert main([*two, "--prompt", "Describe the image.", "--system", "Be brief.", "--max-new-tokens", "5",
+    assert main([*two, "--prompt", "Describe the image.", "--system", "Be brief.", "--max-new-tokens", "2",
                  "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-pixels", "20000",
                  "--device", "cpu", "--dtype", "float32", "--attention", "eager", "--no-graph"]) == 0
     out, err = capsys.readouterr()
-    assert "112x112 in 2 steps; " in err and "torch.float32 on cpu" in err and "; 5 tokens; " in err
+    assert "112x112 in 2 steps; " in err and "torch.float32 on cpu" in err and "; 2 tokens; " in err
 
 
 def test_sampling_flag_overrides_the_checkpoint(capsys):
