@@ -10,6 +10,7 @@ from conftest import assert_equal, make_pair, prompts, published_names
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import load_weights
 from load_weights import checkpoint, load_config, load_generation_config, load_model
 from model import Qwen2_5_VL
 
@@ -273,6 +274,14 @@ def test_no_such_directory():
         message = f"{name}: no such directory; give a checkpoint's directory or a hub id"
         with pytest.raises(OSError, match=message):
             checkpoint(name)
+
+
+def test_pickles_downloaded_from_the_hub(tmp_path, monkeypatch):
+    asked = {}
+    download = lambda name, **settings: asked.update(settings) or str(tmp_path)
+    monkeypatch.setattr(load_weights, "snapshot_download", download)
+    assert checkpoint("Qwen/Qwen2.5-VL-3B-Instruct") == tmp_path
+    assert asked == dict(allow_patterns=["*.safetensors", "*.json"])
 
 
 def test_hub_id_without_network(tmp_path, monkeypatch):
