@@ -53,8 +53,14 @@ def assert_equal(row, ours, theirs):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--seeds", type=int, default=40, help="how many random mixes test_model.py tries")
     parser.addoption("--checkpoint", default="tiny",
                      help="a checkpoint's directory or hub id, for test_checkpoint.py")
+
+
+def pytest_generate_tests(metafunc):
+    if "mix_seed" in metafunc.fixturenames:
+        metafunc.parametrize("mix_seed", range(metafunc.config.getoption("--seeds")))
 
 
 def pytest_terminal_summary(terminalreporter):
