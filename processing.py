@@ -53,8 +53,7 @@ Grid = tuple[int, int, int]     # time, rows, columns in patches
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> Size:
-    """The (height, width) to resize to: multiples of factor, between min_pixels and max_pixels, aspect ratio
-    kept.
+    """The (height, width) to resize to: multiples of factor, min_pixels to max_pixels, aspect ratio kept.
 
     Rounds half to even (70 -> 56). Very long pictures may end above max_pixels: no side goes below factor.
     Raises ValueError above an aspect ratio of 200. HF: smart_resize.

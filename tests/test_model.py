@@ -242,7 +242,7 @@ def random_case(seed):
 
 
 def test_random_mix_differs(mix_seed, tmp_path):
-    """More of them: pytest --seeds 1000. One again: pytest tests/test_model.py::test_random_mix_differs[17]."""
+    """More of them: pytest --seeds 1000. One again: tests/test_model.py::test_random_mix_differs[17]."""
     seed, (changes, rows) = mix_seed, random_case(mix_seed)
     pair = make_pair(tmp_path, attention=["sdpa", "eager"][seed % 2], seed=seed, **changes)
     inputs = prompts(rows, seed)
