@@ -37,10 +37,9 @@ PUBLISHED_PREFIX = {"model.language_model.": "model.", "model.visual.": "visual.
 
 
 def checkpoint(name: str | Path) -> Path:
-    """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once (safetensors and
-    JSON).
+    """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once.
 
-    Raises OSError where there is neither.
+    Only safetensors and JSON files are asked for. Raises OSError where there is neither.
     """
     path = Path(name)
     if path.is_dir():
@@ -150,9 +149,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their published names, on the device; on the CPU views of the mapped
-    files.
-    """
+    """The tensors of a checkpoint by their published names; on the CPU they are views of the mapped files."""
     weights = {}
     for file in weight_files(path):
         try:

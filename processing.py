@@ -73,8 +73,9 @@ def smart_resize(
 
 
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
-    """A box of an answer, in pixels of the resized picture, in pixels of the original one. Sizes: (height,
-    width).
+    """A box of an answer, which is in pixels of the resized picture, in pixels of the original.
+
+    Sizes are (height, width).
     """
     y, x = original[0] / resized[0], original[1] / resized[1]
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
