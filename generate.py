@@ -257,7 +257,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; 784 pixels become a token")
     add("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32", "float16"],
-        help="(default: the checkpoint's)")
+        help="float16 is refused: it overflows (default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
     add("--no-graph", action="store_true", help="launch kernels one by one instead of replaying a CUDA graph")
     return parser.parse_args(argv)
@@ -271,22 +271,28 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
         content.append({"type": "video", "video": args.video, "fps": args.fps, "max_pixels": args.max_pixels})
     if not content and args.prompt is None:
         raise ValueError("nothing to answer; give --prompt, --image or --video")
+    if args.fps is not None and not args.video:
+        raise ValueError("--fps without --video; give both or neither")
+    if args.prompt == "-" and sys.stdin is None:
+        raise ValueError("--prompt -: stdin is closed; pipe the question in")
     prompt = DEMO_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
 def run(args: argparse.Namespace) -> None:
     messages, note = messages_of(args), lambda text: print(text, file=sys.stderr, flush=True)
-    if args.model is None:
-        *media, question = messages[-1]["content"]
-        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
-        note(f"{os.path.relpath(DEMO_MODEL)} is asked about {', '.join(names)}: {question['text']}")
     with progress("loading"):
         path = checkpoint(args.model or DEMO_MODEL)
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
+    if args.model is None:
+        *media, question = messages[-1]["content"]
+        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
+        note(f"{os.path.relpath(path)} is asked about {', '.join(names)}: {question['text']}")
     settings = load_generation_config(path)
     given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     settings |= {name: value for name, value in given.items() if value is not None}

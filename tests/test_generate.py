@@ -206,6 +206,8 @@ def test_sampling_flag_overrides_the_checkpoint(capsys):
      "https://example.org/a.png: URLs are not fetched; download it first"),
     (["--image", "README.md"], "README.md: not a picture that Pillow can read; convert it to PNG or JPEG"),
     (["--video", "tests"], "frames need the rate at which they were taken: give fps"),
+    (["--fps", "2"], "--fps without --video; give both or neither"),
+    (["--prompt", "  "], "the prompt is empty; ask something"),
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
     (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
     (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'; see"),
@@ -229,11 +231,18 @@ def test_mistake_answered_with_a_traceback(argv, message, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
+    assert err.count("\n") == 1 or argv[0] in ("--max-new-tokens", "--temperature", "--top-p")
 
 
 def start(*arguments, **options):
     return subprocess.Popen([sys.executable, ROOT / "generate.py", *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_closed_stdin_ends_in_a_traceback(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["--prompt", "-"]) == 2
+    assert capsys.readouterr().err == "error: --prompt -: stdin is closed; pipe the question in\n"
 
 
 def test_out_of_memory_ends_in_a_traceback(capsys, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,8 +206,13 @@ def pytest_fails(copy: Path, test: str) -> bool:
     return run.returncode == 1
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only bugs whose name contains them all")
+    words = parser.parse_args(argv).words
     chosen = [bug for bug in BUGS if all(word in bug.name for word in words)]
+    if not chosen:
+        parser.error(f"no bug's name contains {' and '.join(words)}")
     survived = 0
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "copy"
@@ -220,4 +226,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

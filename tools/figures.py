@@ -6,6 +6,7 @@ Each function draws one figure and returns the numbers in it; tests compare them
 """
 
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import matplotlib
@@ -131,5 +132,7 @@ def position_figure(out: Path) -> dict:
 FIGURES = (first_screen, window_figure, position_figure)
 
 if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where to (default: assets/)")
     for draw in FIGURES:
-        draw(ASSETS)
+        draw(parser.parse_args().out)
