@@ -72,9 +72,7 @@ def test_filters_in_another_order(pairs, rows, settings):
 @pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, ROWS["padded batch"]],
                          ids=["video", "mixed", "padded"])
 def test_decoding_drifts_from_one_pass(pair, rows, monkeypatch):
-    """The logits of every step are those of one pass over prompt and answer; transformers 5.23.0 fails after
-    a video.
-    """
+    """Every step's logits are those of one pass over all; transformers 5.23.0 fails after a video."""
     inputs = prompts(rows)
     tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=8)
     ones = torch.ones_like(tokens)
@@ -127,9 +125,7 @@ def test_tower_or_prompt_run_again(pairs, monkeypatch):
 
 
 def test_captured_step_differs_from_the_plain_loop(pairs, monkeypatch):
-    """The function that CUDA captures, run as it is: static buffers, the whole mask, the device's own
-    counters.
-    """
+    """The function that CUDA captures, run as it is: static buffers, whole mask, the device's counters."""
     def not_captured(step, cache):
         for _ in range(3):
             cache.clear()

@@ -31,9 +31,7 @@ def embed(model, inputs):
 
 
 def in_chunks(model, inputs, chunks=CHUNKS, padded=False):
-    """Logits of a prompt decoded into a cache: `chunks` tokens at a time at its end, the rest before in one
-    go.
-    """
+    """Logits of a prompt decoded into a cache, its last tokens in `chunks`, the rest before in one go."""
     x, (position_ids, _) = embed(model, inputs), positions(model, inputs)
     B, T, _ = x.shape
     cache = KVCache(model.config, B, T + 3, x.device, x.dtype)
@@ -118,9 +116,7 @@ def test_slots_ahead_are_looked_at(pairs):
 
 
 def test_mask_goes_by_position(pairs):
-    """Every token sees those before it and no other, also inside a picture, where positions repeat and fall
-    back.
-    """
+    """Every token sees those before it and no other, also inside a picture, where positions repeat."""
     model, inputs = pairs("sdpa").ours, prompts([[3, (8, 8), 2]])
     x, (p, _) = embed(model, inputs), positions(model, inputs)
     before = model.decode(x, p)
@@ -152,9 +148,7 @@ def test_last_only_is_another_token(pairs):
 # ---------------------------------------------------------------------------- batches and pictures
 
 def test_batch_differs_from_single(pair):
-    """Three rows, one of them text only: each equals itself alone, and no row has another's pixels or
-    positions.
-    """
+    """Three rows, one text only: each equals itself alone; none has another's pixels or positions."""
     rows = ROWS["padded batch"]
     inputs = prompts(rows)
     together, patches = pair.ours(**inputs), 0
@@ -213,9 +207,7 @@ def test_prefill_makes_a_mask(pairs):
 # ---------------------------------------------------------------------------- random mixes
 
 def random_case(seed):
-    """Config changes and the rows of a prompt: heads, groups, windows, full blocks, pictures, videos, text,
-    pads.
-    """
+    """Config changes and rows: heads, groups, windows, full blocks, pictures, videos, text, pads."""
     rng = random.Random(seed)
     kv = rng.choice([1, 2, 4])
     window = rng.choice([56, 84, 112])

@@ -123,9 +123,7 @@ def test_orientation_ignored(processor, tmp_path):
 
 
 def test_patches_in_the_wrong_order():
-    """A row is one patch, channel by frame by y by x; a still picture is its frame twice; groups lie
-    together.
-    """
+    """A row is one patch, channel by frame by y by x; a still is its frame twice; groups lie together."""
     frames = np.arange(3 * 56 * 84 * 3, dtype=np.float32).reshape(3, 56, 84, 3)
     rows, grid = patchify(frames, 14, 2, 2)
     assert grid == (2, 4, 6)

@@ -33,9 +33,7 @@ def test_rows_and_columns_swapped_in_the_tower():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sections_interleaved(dtype):
-    """The three axes differ by far, so that a speed turned by the wrong one shows; also angles cast too
-    early.
-    """
+    """The axes differ by far, so that a pair turned by the wrong one shows; also angles cast too early."""
     rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).text_config)
     axes = (torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30))
     positions = torch.stack(axes).unsqueeze(1).repeat(1, 2, 1)

@@ -36,9 +36,7 @@ def test_windows_left_out_or_not_put_back(pair, grids):
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
 def test_windows_of_another_size(grids):
-    """The same windows as Hugging Face's, as sets of merge groups; equal ones neighbours; frames where they
-    were.
-    """
+    """Hugging Face's windows, as sets of merge groups; equal ones neighbours; frames where they were."""
     grid_thw = torch.tensor(grids)
     order, layouts = window_order(grid_thw, merge_size=2, window=4)
     sizes = [patches // 4 for frames, runs in layouts for _ in range(frames)
