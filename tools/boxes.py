@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_boxes(answer: str) -> list[tuple[Box, str]]:
-    """(box, label) of every object with a "bbox_2d" in an answer: bare, fenced, listed, cut off at the end."""
+    """(box, label) of every object with a "bbox_2d" in an answer: bare, fenced, listed, cut off."""
     boxes = []
     for text in re.findall(r"\{[^{}]*\}", answer):
         try:
