@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -213,7 +213,7 @@ def progress(what: str) -> Iterator[None]:
     done = threading.Event()
 
     def tick() -> None:
-        for seconds in range(2, 1_000_000):
+        for seconds in count(2):
             if done.wait(2 if seconds == 2 else 1):
                 return
             end = "\r" if sys.stderr.isatty() else "\n"
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {UNSHOWN.sub('', str(error)).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {UNSHOWN.sub('', str(error)).partition(chr(10))[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

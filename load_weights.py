@@ -194,10 +194,7 @@ def load_model(
     with torch.device("meta"):      # shapes only: the weights themselves come from the files
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
     weights = read_weights(path, torch.device(device))
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
-        if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
-            raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
-                             "model.embed_tokens.weight; unset it or drop lm_head.weight")
+    tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     expected = model.state_dict()
     misshapen = [f"{name} {tuple(p.shape)} (not {tuple(expected[name].shape)})"
                  for name, p in weights.items() if name in expected and p.shape != expected[name].shape]
@@ -208,7 +205,11 @@ def load_model(
     ):
         if names:
             raise ValueError(f"{path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
-    own = weights["model.embed_tokens.weight"].dtype
+    embedding = weights["model.embed_tokens.weight"]
+    if tied_head is not None and not torch.equal(tied_head, embedding):
+        raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
+                         "model.embed_tokens.weight; unset it or drop lm_head.weight")
+    own = embedding.dtype
     if wanted is None and own not in DTYPES.values():
         raise ValueError(f"{path}: its weights are {own}; give dtype bfloat16 or float32")
     for name in weights:        # one by one, so that memory never holds all of them twice

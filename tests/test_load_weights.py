@@ -192,6 +192,10 @@ def test_tied_head_silently_untied(saved):
     weights = merge(directory)
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
         load_model(directory)
+    no_embedding = {name: p for name, p in weights.items() if "embed_tokens" not in name}
+    save_file(no_embedding, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are missing: model.embed_tokens.weight"):
+        load_model(directory)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, directory / "model.safetensors")
     tied = load_model(directory)
