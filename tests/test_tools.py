@@ -8,6 +8,7 @@ import bugs
 import explain
 import figures
 import pytest
+import scenes
 import torch
 import train_tiny
 from PIL import Image
@@ -44,37 +45,79 @@ def test_boxes_drawn_in_resized_pixels(tmp_path, capsys, monkeypatch):
     assert boxes.main(["nowhere.png", "x", str(tmp_path / "out.png")]) == 2
 
 
-def test_tree_differs_from_the_conversation_it_stands_for():
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The tiny checkpoint before its training: no weights."""
+    path = tmp_path_factory.mktemp("empty")
+    train_tiny.make_checkpoint(path)
+    return path
+
+
+def batch_of(processor, kind):
+    batches = train_tiny.Batches(processor, seed=5, size=6, steps=40)
+    return next(batch for batch in map(batches.__getitem__, range(20, 40))
+                if kind in {asked for asked, *_ in batch["answers"]})
+
+
+@pytest.mark.parametrize("kind", train_tiny.KINDS)
+def test_tree_differs_from_the_conversation_it_stands_for(checkpoint, kind):
     """What a branch is trained on is what the processor makes of that question alone: ids, positions, logits.
     """
-    processor = load_processor("tiny")
-    batch = train_tiny.Batches(processor, seed=5, size=2, steps=1)[0]
-    trainer = train_tiny.Trainer(train_tiny.load_config("tiny"), seed=0, rate=0.0)
+    processor = load_processor(checkpoint)
+    trainer = train_tiny.Trainer(train_tiny.load_config(checkpoint), seed=0, rate=0.0)
     trainer.model.float()
+    batch = batch_of(processor, kind)
+    t, h, w = batch["grid"]
+    pixels = batch["pixels"].unflatten(0, (len(batch["input_ids"]), -1))
+    name, extra = ("video", dict(second_per_grid_ts=[1.0])) if batch["video"] else ("image", {})
     with torch.no_grad():
         logits = trainer.forward(batch)
-        _, h, w = batch["grid"]
-        for kind, b, start, stop in batch["answers"][:8]:
-            picture = batch["pixels"].view(2, h * w, -1)[b]
-            alone = batch["visible"][b, stop - 1]       # what the last token before <|im_end|> sees
-            ids = batch["input_ids"][b, alone][None]
-            trainer.attend.mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).masked_fill(
-                torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), -1e30)
-            expected = trainer.model(ids, pixel_values=picture, image_grid_thw=torch.tensor([[1, h, w]]))
-            assert torch.allclose(logits[b, start:stop], expected[0, start - stop:], atol=1e-4), kind
+        _, b, place = next(answer for answer in batch["answers"] if answer[0] == kind)
+        ids = batch["input_ids"][b, batch["visible"][b, place.stop - 1]][None]
+        causal = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+        trainer.attend.mask = torch.zeros(causal.shape).masked_fill(causal, -1e30)[None, None]
+        expected = trainer.model(ids, **extra, **{
+            "pixel_values_videos" if batch["video"] else "pixel_values": pixels[b],
+            f"{name}_grid_thw": torch.tensor([[t, h, w]] * batch["pictures"])})
+    assert torch.allclose(logits[b, place], expected[0, place.start - place.stop:], atol=1e-4)
+    assert f"{batch['pictures']} {name}" == {"video": "1 video", "compare": "2 image"}.get(kind, "1 image")
+
+
+def test_target_of_another_token_or_thing(checkpoint):
+    """Labels spell the answer; its tokens point at the cells of the thing that they speak of."""
+    processor = load_processor(checkpoint)
+    batch, looked_at = batch_of(processor, "every"), 0
+    for _, b, place in batch["answers"]:
+        labels, points, things = batch["labels"][b, place], batch["points"][b, place], batch["targets"][b]
+        for box, label in boxes.read_boxes(processor.decode(labels[labels != train_tiny.UNKNOWN])):
+            here = things[(things[:, 3:7] == torch.tensor(box)).all(dim=1)]
+            number, shape, color = here[0, :3].tolist()
+            assert label == f"{list(scenes.COLORS)[color - 1]} {scenes.SHAPES[shape - 1]}"
+            assert number in points
+            looked_at += 1
+    assert looked_at > 6
+
+
+def test_motion_leaves_the_picture_or_goes_elsewhere():
+    for seed in range(30):
+        seen = scenes.motion(train_tiny.random.Random(seed), 140, 112, 6)
+        x, y = seen.offset(5)
+        assert {"left": x < 0, "right": x > 0, "up": y < 0, "down": y > 0}[seen.way]
+        for frame in range(6):
+            x1, y1, x2, y2 = scenes.shifted(seen.scene.things[seen.moving].box, *seen.offset(frame))
+            assert 0 <= x1 < x2 <= 140 and 0 <= y1 < y2 <= 112
 
 
 def test_training_does_not_resume(tmp_path, capsys):
     settings = dict(seed=1, tower_steps=1, size=2, rate=1e-3)
-    train_tiny.train(tmp_path / "whole", steps=3, **settings)
-    first = train_tiny.Batches(load_processor("tiny"), 1, 2, 3)[1]
-    again = train_tiny.Batches(load_processor("tiny"), 1, 2, 3)[1]
+    train_tiny.train(tmp_path, steps=3, **settings)
+    first, again = (train_tiny.Batches(load_processor(tmp_path), 1, 2, 3)[1] for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in ("input_ids", "pixels", "visible"))
-    train_tiny.train(tmp_path / "whole", steps=4, **settings)
+    train_tiny.train(tmp_path, steps=4, **settings)
     assert "on from step 3" in capsys.readouterr().err
-    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [3, 4]
-    assert (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
 def test_evaluation(tmp_path, capsys, monkeypatch):
@@ -82,19 +125,19 @@ def test_evaluation(tmp_path, capsys, monkeypatch):
                                      "--failures", str(tmp_path / "wrong.png")])
     train_tiny.main()
     rows = capsys.readouterr().out.strip().splitlines()
-    assert len(rows) == 9 and rows[2].startswith("| Describe the image. | exact | ")
+    assert len(rows) == 11 and rows[2].startswith("| Describe the image. | exact | ")
     assert (tmp_path / "wrong.png").exists()
 
 
 def test_f1_counts_a_box_twice():
-    def answer(kind, expected, got):
-        expected, got = train_tiny.boxes_answer(expected), train_tiny.boxes_answer(got)
-        return train_tiny.Answer(kind, "", expected, got, None)
-    box = (0, 0, 40, 40)
-    one, two = train_tiny.Thing("red", "circle", box), train_tiny.Thing("red", "star", box)
-    assert train_tiny.f1([answer("every", [one], [one])]) == 1
-    assert train_tiny.f1([answer("every", [one], [one, one])]) == pytest.approx(2 / 3)
-    assert train_tiny.f1([answer("every", [one], [two])]) == 0
+    def answer(expected, got):
+        said = [scenes.boxes_answer([(1, thing) for thing in things]) for things in (expected, got)]
+        return train_tiny.Answer(
+            "every", "", *(scenes.Question("every", "", answer).expected for answer in said), [])
+    one, two = (scenes.Thing("red", shape, (0, 0, 40, 40), None, ()) for shape in ("circle", "star"))
+    assert train_tiny.f1([answer([one], [one])]) == 1
+    assert train_tiny.f1([answer([one], [one, one])]) == pytest.approx(2 / 3)
+    assert train_tiny.f1([answer([one], [two])]) == 0
     assert train_tiny.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
 
 
