@@ -64,11 +64,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line("\n| against Hugging Face or itself | comparisons | largest difference |\n"
-                                "|---|---|---|")
+    write = lambda line: terminalreporter.write_line(line)
+    write("\n| against Hugging Face or itself | comparisons | largest difference |\n|---|---|---|")
     for row, (count, largest) in sorted(PARITY.items()):
-        shown = f"{largest:.1e}" if largest else "none, bit for bit"
-        terminalreporter.write_line(f"| {row} | {count} | {shown} |")
+        if largest:
+            write(f"| {row} | {count} | {largest:.1e} |")
+    write("\nBit for bit: " + ", ".join(row for row, (_, largest) in sorted(PARITY.items()) if not largest))
 
 
 def config_dict(**changes):

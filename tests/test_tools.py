@@ -6,7 +6,6 @@ import benchmark
 import boxes
 import bugs
 import explain
-import figures
 import pytest
 import scenes
 import torch
@@ -14,7 +13,6 @@ import train_tiny
 from PIL import Image
 
 from processing import load_processor
-from vision import window_order
 
 
 @pytest.mark.parametrize("answer, expected", [
@@ -125,7 +123,7 @@ def test_evaluation(tmp_path, capsys, monkeypatch):
                                      "--failures", str(tmp_path / "wrong.png")])
     train_tiny.main()
     rows = capsys.readouterr().out.strip().splitlines()
-    assert len(rows) == 11 and rows[2].startswith("| Describe the image. | exact | ")
+    assert len(rows) == 10 and rows[2].startswith("| Describe the image. | exact | ")
     assert (tmp_path / "wrong.png").exists()
 
 
@@ -147,19 +145,6 @@ def test_bug_entries_are_stale():
     for bug in bugs.BUGS:
         assert (bugs.ROOT / bug.file).read_text().count(bug.right) == 1, bug.name
         assert len({bug.name for bug in bugs.BUGS}) == len(bugs.BUGS)
-
-
-def test_figures_show_other_numbers(tmp_path):
-    first, windows, prompt = (draw(tmp_path) for draw in figures.FIGURES)
-    assert first["windows"].tolist() == [[0] * 4 + [1] * 4] * 4 + [[2] * 4 + [3] * 4] * 2
-    assert len(first["boxes"]) >= 1
-    order, _ = window_order(torch.tensor([[1, 12, 20]]), merge_size=2, window=4)
-    assert torch.equal(windows["order"], order) and windows["full"] == [7, 15, 23, 31]
-    numbers = windows["windows"].flatten()
-    assert torch.equal(numbers[order], numbers.sort().values)
-    assert prompt["positions"][:, 15:22].tolist() == [
-        [15, 15, 15, 15, 15, 15, 18], [15, 15, 15, 16, 16, 16, 18], [15, 16, 17, 15, 16, 17, 18]]
-    assert {file.name for file in tmp_path.iterdir()} == {"first.png", "windows.png", "positions.png"}
 
 
 def test_explanation_of_another_run(capsys):

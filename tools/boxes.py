@@ -1,7 +1,7 @@
 """Draw the boxes of an answer on the original picture.
 
-    python tools/boxes.py assets/demo.png "Locate every object." boxes.png python tools/boxes.py photo.jpg
-    "Locate every cup, as JSON." boxes.png --model Qwen/Qwen2.5-VL-7B-Instruct --json
+    python tools/boxes.py assets/demo.png "Locate every object." boxes.png
+    python tools/boxes.py photo.jpg "Locate every cup." boxes.png --model Qwen/Qwen2.5-VL-7B-Instruct --json
 
 The model answers in pixels of the resized picture, the only one it has seen. Here they become pixels of the
 original, per axis, before they are printed and drawn.

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 COLORS = dict(
     red=(215, 40, 40), green=(40, 160, 60), blue=(45, 75, 215), yellow=(230, 205, 40), purple=(140, 55, 175),
@@ -22,7 +22,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))
 SIDES = (112, 140, 168, 196, 224)       # pixels, of pictures
 FPS = 2                                 # of videos
-KINDS = ("describe", "locate", "count", "color", "every", "video", "compare", "number")
+KINDS = ("describe", "locate", "count", "color", "every", "video", "compare")
 
 Pixels = tuple[int, int, int, int]      # x1, y1, x2, y2 of a drawn extent; x2 and y2 exclusive
 Segment = tuple[str, int]               # a piece of an answer, and the thing that it speaks of, from 1; or 0
@@ -33,7 +33,7 @@ Segment = tuple[str, int]               # a piece of an answer, and the thing th
 @dataclass
 class Thing:
     color: str
-    shape: str              # one of SHAPES, or a digit
+    shape: str
     box: Pixels
     mask: Image.Image       # how much of each pixel of the box it covers, 0 to 255
     paint: tuple[int, ...]  # red, green, blue
@@ -124,25 +124,6 @@ def shapes_scene(rng: random.Random, width: int, height: int, most: int = 4) -> 
     return scene
 
 
-def number_scene(rng: random.Random, width: int, height: int) -> Scene:
-    """Two to four digits in Pillow's built-in font; each is a thing."""
-    scene, color = Scene(rng, width, height), rng.choice(list(COLORS))
-    paint = paint_of(rng, color)
-    while True:
-        number = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 4)))
-        font = ImageFont.load_default(rng.randint(24, 48))
-        left, top, right, bottom = map(round, font.getbbox(number))
-        if right < width and bottom < height:
-            break
-    x, y = rng.randint(0, width - right - 1), rng.randint(0, height - bottom - 1)
-    for i, digit in enumerate(number):
-        mask = Image.new("L", scene.size)
-        ImageDraw.Draw(mask).text((x + font.getlength(number[:i]), y), digit, fill=255, font=font)
-        box = mask.getbbox()
-        scene.things.append(Thing(color, digit, box, mask.crop(box), paint))
-    return scene
-
-
 @dataclass
 class Motion:
     """A scene in which one thing moves straight on, step pixels a frame."""
@@ -216,10 +197,6 @@ def shape_questions(scene: Scene) -> list[Question]:
 def motion_question(motion: Motion) -> Question:
     shape = motion.scene.things[motion.moving].shape
     return Question("video", f"Which way does the {shape} move?", [(motion.way, motion.moving + 1)])
-
-
-def number_question(scene: Scene) -> Question:
-    return Question("number", "Read the number.", [(t.shape, i) for i, t in enumerate(scene.things, 1)])
 
 
 def compare_question(first: Scene, second: Scene) -> Question:

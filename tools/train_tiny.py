@@ -21,7 +21,7 @@ nothing to read in the picture, so the tower gets no useful gradient. What helps
 6. One picture size per batch. The tower takes its pictures as the frames of one video: frames never meet.
 7. Weights in bfloat16, as they will be used, with float32 masters; Muon for matrices, AdamW for the rest.
 
-Lists of boxes and videos join in after 15 % of the steps, pairs of pictures and numbers after 30 %.
+Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %.
 """
 
 import itertools
@@ -96,7 +96,7 @@ def make_tokenizer() -> Tokenizer:
     rng = random.Random(0)
     corpus = [f"system\n{processing.DEFAULT_SYSTEM}", "user\n", "assistant\n"] * 50
     for shape in SHAPES:
-        corpus += [f"Which way does the {shape} move?", " ".join(DIRECTIONS), "Read the number.",
+        corpus += [f"Which way does the {shape} move?", " ".join(DIRECTIONS),
                    "Which image has more objects?", "the first the second neither"] * 10
     for _ in range(400):
         for question in scenes.shape_questions(scenes.shapes_scene(rng, 224, 224)):
@@ -162,8 +162,8 @@ def make_checkpoint(path: Path) -> None:
 
 # ---------------------------------------------------------------------------- batches
 
-START = dict(every=0.15, video=0.15, compare=0.3, number=0.3)   # after which share of the steps
-SHARE = dict(every=0.4, video=0.15, compare=0.08, number=0.12)  # of batches; "every" of those with shapes
+START = dict(every=0.15, video=0.15, compare=0.3)       # after which share of the steps
+SHARE = dict(every=0.4, video=0.3, compare=0.1)         # of batches; "every" of those with one picture
 PER_PICTURE = dict(describe=1, locate=2, count=2, color=1, every=1)     # questions
 UNKNOWN = -100                          # a target that costs nothing
 
@@ -185,10 +185,9 @@ def cell_targets(scene: Scene, moving: int | None = None, offset: tuple[int, int
     """
     boxes = [scenes.shifted(thing.box, *(offset if i == moving else (0, 0)))
              for i, thing in enumerate(scene.things)]
-    names, kinds = [thing.shape for thing in scene.things], [*SHAPES, *"0123456789"]
-    rows = [[0] * 10]
+    names, rows = [thing.shape for thing in scene.things], [[0] * 10]
     for i, (thing, box) in enumerate(zip(scene.things, boxes)):
-        rows.append([i + 1, kinds.index(thing.shape) + 1, list(COLORS).index(thing.color) + 1, *box, i,
+        rows.append([i + 1, SHAPES.index(thing.shape) + 1, list(COLORS).index(thing.color) + 1, *box, i,
                      names[:i].count(thing.shape), way if i == moving or way == UNKNOWN else 0])
     return torch.tensor(rows)[torch.from_numpy(scene.cover(boxes, CELL).flatten())]
 
@@ -207,9 +206,8 @@ def make_sample(rng: random.Random, kind: str, width: int, height: int, frames: 
         both = [scenes.shapes_scene(rng, width, height) for _ in range(2)]
         return Sample([[scene.draw()] for scene in both], torch.cat([cell_targets(scene) for scene in both]),
                       [scenes.compare_question(*both)])
-    scene = (scenes.number_scene if kind == "number" else scenes.shapes_scene)(rng, width, height)
-    questions = [scenes.number_question(scene)] if kind == "number" else scenes.shape_questions(scene)
-    return Sample([[scene.draw()]], cell_targets(scene), questions)
+    scene = scenes.shapes_scene(rng, width, height)
+    return Sample([[scene.draw()]], cell_targets(scene), scenes.shape_questions(scene))
 
 
 class Batches(torch.utils.data.Dataset):
@@ -225,10 +223,11 @@ class Batches(torch.utils.data.Dataset):
 
     def stem(self, placeholder: str, counts: list[int]) -> list[int]:
         """What comes before the question."""
-        media = [[self.control(processing.VISION_START), *[self.control(placeholder)] * count, self.control(processing.VISION_END)]
-                 for count in counts]
-        return [self.control(IM_START), *self.encode(f"system\n{processing.DEFAULT_SYSTEM}").ids, self.control(IM_END),
-                *self.encode("\n").ids, self.control(IM_START), *self.encode("user\n").ids, *sum(media, [])]
+        start, end, opened, pad, closed = map(self.control, (
+            IM_START, IM_END, processing.VISION_START, placeholder, processing.VISION_END))
+        media = [[opened, *[pad] * count, closed] for count in counts]
+        return [start, *self.encode(f"system\n{processing.DEFAULT_SYSTEM}").ids, end,
+                *self.encode("\n").ids, start, *self.encode("user\n").ids, *sum(media, [])]
 
     def branch(self, question: Question) -> tuple[list[int], list[int], list[int]]:
         """The ids of question and answer; of each the next one, where that is to be learned; and the number
@@ -256,8 +255,8 @@ class Batches(torch.utils.data.Dataset):
         late = {kind: share for kind, share in SHARE.items() if progress >= START[kind]}
         lists = rng.random() < late.pop("every", 0)
         kind = rng.choices(["picture", *late], [1 - sum(late.values()), *late.values()])[0]
-        slices = {"video": (frames + 1) // 2, "compare": 2}.get(kind, 1)
-        samples = [make_sample(rng, kind, width, height, frames) for _ in range(max(1, self.size // slices))]
+        count = 2 * self.size // ((frames + 1) // 2) if kind == "video" else self.size
+        samples = [make_sample(rng, kind, width, height, frames) for _ in range(count)]
         made = [self.processor.patches(frames, 1, 10**9) for sample in samples for frames in sample.pictures]
         grid, pictures = made[0][1], len(samples[0].pictures)
         stem = self.stem(VIDEO_PAD if kind == "video" else IMAGE_PAD,
@@ -303,7 +302,7 @@ class TreeAttention:
 class Hints(nn.Module):
     """The auxiliary layers: what covers each cell of the picture (near, after the tower), and what the
     decoder is to know of it (far)."""
-    NEAR = dict(shape=1 + len(SHAPES) + 10, color=1 + len(COLORS), box=4)
+    NEAR = dict(shape=1 + len(SHAPES), color=1 + len(COLORS), box=4)
     FAR = NEAR | dict(digits=4 * 3 * 10, rank=4, rank_in_shape=4, way=1 + len(DIRECTIONS))
 
     def __init__(self, width: int):
@@ -552,7 +551,7 @@ def asked(seed: int, scenes: int, kinds: tuple[str, ...]) -> Iterator[tuple[Ques
     for n in range(scenes):
         rng = random.Random(f"evaluation {seed} {n}")
         width, height = rng.choice(SIDES), rng.choice(SIDES)
-        for kind in ("picture", "video", "compare", "number"):
+        for kind in ("picture", "video", "compare"):
             sample = make_sample(rng, kind, width, height, rng.randint(4, 8))
             questions = {q.kind: q for q in rng.sample(sample.questions, len(sample.questions))}
             yield from ((questions[kind], sample) for kind in kinds if kind in questions)
@@ -589,7 +588,6 @@ def scores(collected: list[Answer]) -> list[tuple[str, str, float, float]]:
         ("every", "Locate every circle.", "F1 at IoU 0.5", f1, 0.90),
         ("video", "Which way does the circle move?", "exact", share, 0.95),
         ("compare", "Which image has more objects?", "exact", share, 0.90),
-        ("number", "Read the number.", "exact", share, 0.90),
     ]
     return [(question, measure, score([answer for answer in collected if answer.kind == kind]), aim)
             for kind, question, measure, score, aim in rows]
@@ -626,7 +624,7 @@ def main() -> None:
     add("--work", type=Path, default=Path("runs/tiny"),
         help="where the checkpoint grows; an interrupted run goes on")
     add("--seed", type=int, default=1)
-    add("--steps", type=int, default=6000)
+    add("--steps", type=int, default=7200)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=16, help="pictures")
     add("--lr", type=float, default=3e-3)
