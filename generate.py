@@ -125,6 +125,7 @@ def generate(
         ("top_k", top_k, top_k >= 0, "0 (all) or above"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+        ("seed", seed, seed is None or 0 <= seed < 2**64, "from 0 to 2**64 - 1"),
     ):
         if not right:
             raise ValueError(f"{name} {value}: must be {wanted}")
@@ -265,13 +266,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def messages_of(args: argparse.Namespace) -> list[dict]:
     """The conversation that the arguments ask for: pictures in order, then the prompt, in one user turn."""
-    demo = args.model is None and not args.image and not args.video
+    demo = args.model is None and not args.image and args.video is None
     content = [{"type": "image", "image": path} for path in ([DEMO_IMAGE] if demo else args.image)]
-    if args.video:
+    if args.video is not None:
         content.append({"type": "video", "video": args.video, "fps": args.fps, "max_pixels": args.max_pixels})
     if not content and args.prompt is None:
         raise ValueError("nothing to answer; give --prompt, --image or --video")
-    if args.fps is not None and not args.video:
+    if args.fps is not None and args.video is None:
         raise ValueError("--fps without --video; give both or neither")
     if args.prompt == "-" and sys.stdin is None:
         raise ValueError("--prompt -: stdin is closed; pipe the question in")
@@ -289,10 +290,6 @@ def run(args: argparse.Namespace) -> None:
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
-    if args.model is None:
-        *media, question = messages[-1]["content"]
-        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
-        note(f"{os.path.relpath(path)} is asked about {', '.join(names)}: {question['text']}")
     settings = load_generation_config(path)
     given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -301,6 +298,10 @@ def run(args: argparse.Namespace) -> None:
     grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
     sizes = ", ".join(f"{w * side}x{h * side}" + (f" in {t} steps" if t > 1 else "") for t, h, w in grids)
     steps = generate(model, inputs, args.max_new_tokens, **settings, graph=False if args.no_graph else None)
+    if args.model is None:
+        *media, question = messages[-1]["content"]
+        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
+        note(f"{os.path.relpath(path)} is asked about {', '.join(names)}: {question['text']}")
     weights = sum(p.nbytes for p in model.parameters())
     stored = 2 * KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype).k.nbytes
     note(f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, cache {stored / 1e9:.3f} GB, "

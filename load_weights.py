@@ -65,32 +65,44 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path) / "config.json"
     top = read_json(path)
-    vision, text = top.get("vision_config") or {}, top | (top.get("text_config") or {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+    def object_of(config: dict, name: str) -> dict:
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{path}: {name} is not an object; download it again")
+        return config.get(name) or {}
+
+    vision, text = object_of(top, "vision_config"), top | object_of(top, "text_config")
+    rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
     text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     vision = {"in_chans": vision.get("in_channels")} | vision
 
-    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default", "mrope"}
-    activations = {text.get("hidden_act", "silu"), vision.get("hidden_act", "silu")} - {"silu"}
-    quantised = top.get("quantization_config") or {}
+    quantised = object_of(top, "quantization_config")
     for refused, what in (
         (top.get("model_type") != "qwen2_5_vl", f"model_type {top.get('model_type')!r}"),
         (quantised, f"quantisation ({quantised.get('quant_method', 'unnamed')})"),
         (text.get("use_sliding_window"), "use_sliding_window"),
-        (kinds, f"rope scaling of type {', '.join(kinds)}"),
-        (activations, f"activation {', '.join(activations)}"),
+        *((kind not in (None, "default", "mrope"), f"rope scaling of type {kind}")
+          for kind in (rope.get("rope_type"), rope.get("type"))),
+        *((act not in (None, "silu"), f"activation {act}")
+          for act in (text.get("hidden_act"), vision.get("hidden_act"))),
     ):
         if refused:
             raise ValueError(f"{path}: {what} is not supported; use a published Qwen2.5-VL checkpoint")
 
     def build(cls: type, given: dict, shared: dict, **more: VisionConfig) -> Config | VisionConfig:
         values = {}
-        for name in {field.name for field in fields(cls)} - more.keys():
-            value = shared.get(name) if given.get(name) is None else given[name]
+        for field in fields(cls):
+            if field.name in more:
+                continue
+            value = shared.get(field.name) if given.get(field.name) is None else given[field.name]
             if value is None:
-                raise ValueError(f"{path}: no {name} for the {cls.__name__}; download it again")
-            values[name] = tuple(value) if isinstance(value, list) else value
+                raise ValueError(f"{path}: no {field.name} for the {cls.__name__}; download it again")
+            numbers = value if isinstance(value, list) else [value]
+            kind = {int: int, bool: bool, float: int | float}.get(field.type, list)
+            if not isinstance(value, kind) or not all(isinstance(n, int | float) and n >= 0 for n in numbers):
+                raise ValueError(f"{path}: {field.name} cannot be {value!r}; download it again")
+            values[field.name] = tuple(value) if kind is list else value
         return cls(**values, **more)
 
     config = build(Config, text, SHARED, vision=build(VisionConfig, vision, SHARED_VISION))
@@ -101,9 +113,10 @@ def load_config(path: str | Path) -> Config:
         (tower.hidden_size, 4 * tower.num_heads, "vision hidden_size in 4 x num_heads"),
         (tower.window_size, group, "window_size in merge groups"),
     ):
-        if size % part != 0:
+        if part == 0 or size % part != 0:
             raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not")
     for size, other, what in (
+        (len(config.mrope_section), 3, "the length of mrope_section and three axes"),
         (sum(config.mrope_section), config.head_dim // 2, "the sum of mrope_section and half of head_dim"),
         (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size and hidden_size"),
     ):
@@ -123,6 +136,10 @@ def load_generation_config(path: str | Path) -> dict:
     if saved.get("do_sample"):
         sampling = dict(temperature=1.0, top_k=50, top_p=1.0)       # HF's, where the file says nothing
         settings |= sampling | {name: saved[name] for name in sampling if saved.get(name) is not None}
+    for name, value in settings.items():
+        kind = int if name.endswith("token_id") or name == "top_k" else int | float
+        if not all(isinstance(n, kind) for n in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"{path}: {name} cannot be {value!r}; download it again")
     return settings
 
 
@@ -134,7 +151,10 @@ def weight_files(path: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index}: no weight_map from tensors to files; download it again")
+        names = sorted(set(shards.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
         if absent := [name for name in names if not (path / name).exists()]:

@@ -287,18 +287,25 @@ def load_processor(
     except Exception as error:      # the library raises nothing narrower
         raise ValueError(f"{path / 'tokenizer.json'}: not a tokenizer ({error}); download it again") from None
     tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
+    for token in (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path / 'tokenizer.json'}: no {token} in it; is it Qwen2.5-VL's?")
 
     if min_pixels is None:
         min_pixels = picture.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
     if max_pixels is None:
         max_pixels = picture.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
-    if not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
+    sizes = dict(
+        min_pixels=min_pixels, max_pixels=max_pixels, patch_size=picture.get("patch_size", 14),
+        temporal_patch_size=picture.get("temporal_patch_size", 2), merge_size=picture.get("merge_size", 2))
+    edges = (frame_size.get("shortest_edge"), frame_size.get("longest_edge")) if frame_size else None
+    for name, value in [*sizes.items(), *(("size", edge) for edge in edges or ())]:
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} {value}: must be a whole number above 0")
+    if min_pixels > max_pixels:
+        raise ValueError(f"max_pixels {max_pixels}: must be at least min_pixels, {min_pixels}")
     return Processor(
-        tokenizer, min_pixels, max_pixels,
-        video_pixels=(frame_size["shortest_edge"], frame_size["longest_edge"]) if frame_size else None,
-        patch_size=picture.get("patch_size", 14), temporal_patch_size=picture.get("temporal_patch_size", 2),
-        merge_size=picture.get("merge_size", 2),
+        tokenizer, **sizes, video_pixels=edges,
         image_mean=picture.get("image_mean", IMAGE_MEAN), image_std=picture.get("image_std", IMAGE_STD),
     )
 
@@ -309,7 +316,7 @@ def local_path(source: object) -> Path:
     source = source.get("url") if isinstance(source, dict) else source      # {"image_url": {"url": path}}
     if not isinstance(source, str | Path):
         raise ValueError(f"a picture is a path or a PIL image, not {type(source).__name__}; {FORM}")
-    if re.match(r"[a-z]+://|data:", str(source)):
+    if re.match(r"(?i)[a-z]+:/|data:", str(source)):
         raise ValueError(f"{str(source)[:60]}: URLs are not fetched; download it first and give its path")
     path = Path(source)
     if not path.exists():
@@ -356,7 +363,7 @@ def open_image(source: object) -> Image.Image:
 def open_video(item: dict) -> tuple[list[Image.Image], float]:
     """The frames of a video item and the seconds from one to the next."""
     source, fps = item.get("video"), item.get("fps")
-    if fps is not None and not fps > 0:
+    if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps {fps}: must be above 0")
     if not isinstance(source, list):
         path = local_path(source)

@@ -121,6 +121,15 @@ def test_class_defaults_as_fall_backs(tmp_path):
     (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)),
      "vision out_hidden_size and hidden_size must be equal, 2048 and 3584 are not"),
     (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for the VisionConfig"),
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[32, 32])), "length of mrope_section and three axes"),
+    (dict(num_hidden_layers="28"), "num_hidden_layers cannot be '28'; download it again"),
+    (dict(rms_norm_eps="small"), "rms_norm_eps cannot be 'small'"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings cannot be 'no'"),
+    (dict(num_attention_heads=0), "hidden_size in num_attention_heads must come out even and 3584 / 0"),
+    (dict(rope_scaling=dict(mrope_section=[-16, 40, 40])), r"mrope_section cannot be \[-16, 40, 40\]"),
+    (dict(vision_config="none"), "vision_config is not an object; download it again"),
+    (dict(quantization_config=["gptq"]), "quantization_config is not an object"),
+    (dict(quantization_config=dict(quant_method="gptq")), r"quantisation \(gptq\)"),
 ])
 def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -238,6 +247,13 @@ def point_outside(directory):
      "neither model.safetensors nor an index"),
     (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
     (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
+    (lambda d: (d / "config.json").write_text(""), ValueError, "config.json: not valid JSON"),
+    (lambda d: (d / "config.json").write_text("[]"), ValueError, "a JSON list and not an object"),
+    (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), ValueError,
+     "model.safetensors: not a whole safetensors file"),
+    (lambda d: (d / "model.safetensors").write_bytes(b""), ValueError, "not a whole safetensors file"),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), ValueError,
+     "no weight_map from tensors to files; download it again"),
 ])
 def test_damaged_checkpoint(saved, damage, error, message):
     damage(saved[0])
@@ -308,3 +324,13 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
 def test_generation_defaults_differ(saved, expected, tmp_path):
     write(tmp_path, saved, "generation_config.json")
     assert load_generation_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(temperature="hot"), "temperature cannot be 'hot'"), (dict(top_k=2.5), "top_k cannot be 2.5"),
+    (dict(eos_token_id=[1, "2"]), r"eos_token_id cannot be \[1, '2'\]; download it again"),
+])
+def test_settings_that_are_no_numbers(tmp_path, change, message):
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(do_sample=True) | change))
+    with pytest.raises(ValueError, match=message):
+        load_generation_config(tmp_path)

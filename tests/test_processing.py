@@ -3,8 +3,10 @@
 
 import json
 import random
+import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from conftest import assert_equal
 from PIL import Image, ImageOps
 from published import FIRST_ADDED, NOT_SPECIAL, SPECIAL
+from tokenizers import Tokenizer, models
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from processing import load_processor, patchify, smart_resize, to_original, to_resized
@@ -359,6 +362,8 @@ def test_file_is_not_a_picture(processor, tmp_path, name, message):
     (user({"type": "video", "video": []}), "a video without frames"),
     (user({"type": "video", "video": [RED]}), "give fps"),
     (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be above 0"),
+    (user({"type": "video", "video": [RED], "fps": float("inf")}), "fps inf: must be above 0"),
+    (user(image("HTTPS://example.org/a.png")), "URLs are not fetched"),
     (user({"type": "video", "video": "https://example.org/a.mp4"}), "download it first"),
 ])
 def test_malformed_conversation(processor, messages, message):
@@ -386,6 +391,17 @@ def test_damaged_processor_files(published, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
         load_processor(tmp_path)
-    for limits in (dict(max_pixels=0), dict(max_pixels=100), dict(min_pixels=-1)):
-        with pytest.raises(ValueError, match="must be above 0 and at least min_pixels"):
+    for limits in (dict(max_pixels=0), dict(min_pixels=-1), dict(max_pixels="9")):
+        with pytest.raises(ValueError, match="must be a whole number above 0"):
             load_processor(published[0], **limits)
+    with pytest.raises(ValueError, match="max_pixels 100: must be at least min_pixels, 3136"):
+        load_processor(published[0], max_pixels=100)
+    for name, content, message in (
+        ("preprocessor_config.json", '{"patch_size": "14"}', "patch_size 14: must be a whole number"),
+        ("video_preprocessor_config.json", '{"size": {"shortest_edge": 5}}', "size None: must be a whole"),
+        ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "no <.endoftext.> in it; is it Qwen2.5-VL's?"),
+    ):
+        copy = Path(shutil.copytree(published[0], tmp_path / f"with {name}"))
+        (copy / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_processor(copy)

@@ -624,7 +624,7 @@ def main() -> None:
     add("--work", type=Path, default=Path("runs/tiny"),
         help="where the checkpoint grows; an interrupted run goes on")
     add("--seed", type=int, default=1)
-    add("--steps", type=int, default=7200)
+    add("--steps", type=int, default=6600)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=16, help="pictures")
     add("--lr", type=float, default=3e-3)
