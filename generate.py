@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ DEMO_MODEL, DEMO_IMAGE, DEMO_PROMPT = HERE / "tiny", HERE / "assets" / "demo.png
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see python generate.py --help")
 
 

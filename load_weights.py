@@ -49,7 +49,7 @@ def checkpoint(name: str | Path) -> Path:
                       "Qwen/Qwen2.5-VL-3B-Instruct")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
+    except Exception as error:      # the hub's library lets its transport's own exceptions through
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"{name}: neither a directory here nor to be had from the hub; check the name and the "
                       f"network ({reason})") from error

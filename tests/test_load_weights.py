@@ -309,6 +309,12 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Qwen/Nowhere: neither a directory here nor to be had from the hub"):
         checkpoint("Qwen/Nowhere")
 
+    def dropped(*args, **settings):
+        raise RuntimeError("Server disconnected without sending a response.")
+    monkeypatch.setattr(load_weights, "snapshot_download", dropped)
+    with pytest.raises(OSError, match=r"check the name and the network \(Server disconnected"):
+        checkpoint("Qwen/Nowhere")
+
 
 @pytest.mark.parametrize("saved, expected", [
     (dict(do_sample=True, temperature=1e-6, repetition_penalty=1.05, eos_token_id=[5, 6], pad_token_id=6),

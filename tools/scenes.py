@@ -1,5 +1,4 @@
-"""What the tiny checkpoint is taught, and asked: pictures and videos of coloured shapes, with questions and
-answers.
+"""What the tiny checkpoint is taught and asked: coloured shapes, still or moving, with questions and answers.
 
 Read from the top: things and how they are drawn, scenes, what can be asked of them. Everything comes from one
 random.Random, so that a seed is a picture. `tools/train_tiny.py` makes batches of these.
