@@ -64,8 +64,8 @@ def test_engines_disagree_about_the_tiny_checkpoint(theirs, asked):
 
 def test_tiny_has_forgotten():
     """As it is used, in its own bfloat16. The README's table says how good it really is."""
-    answers = list(train_tiny.answers(TINY, seed="tests", scenes=20, kinds=("describe", "count", "color")))
-    assert len(answers) >= 50 and sum(map(train_tiny.good, answers)) >= 0.85 * len(answers)
+    answers = list(train_tiny.answers(TINY, seed="tests", scenes=10))
+    assert len(answers) >= 60 and sum(map(train_tiny.good, answers)) >= 0.9 * len(answers)
 
 
 def test_files_are_large_or_incomplete():

@@ -237,7 +237,7 @@ def draw_boxes(out: Path) -> dict:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), width_ratios=(3, 2))
     show(left, photo, 50, title=f"In which pixels are boxes? The original: {W} x {H}",
          xlabel=f"times {W} / {w} = {W / w:.3f} in x, times {H} / {h} = {H / h:.3f} in y")
-    show(right, given, 28, title=f"As the model answers: resized to {w} x {h}", xlabel="pixels")
+    show(right, given, 28, title=f"A box as answered: resized to {w} x {h}", xlabel="pixels")
     for axis, name, (x1, y1, x2, y2), color in (
         (left, "spoon", mapped, BLUE), (left, "not mapped", box, "black"), (right, "spoon", box, BLUE),
     ):
