@@ -15,6 +15,7 @@ import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
@@ -24,7 +25,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from load_weights import ATTENTIONS, checkpoint, load_generation_config, load_model
+from load_weights import ATTENTIONS, checkpoint, load_config, load_generation_config, load_model
 from model import KVCache, Qwen2_5_VL
 from processing import Processor, load_processor
 
@@ -287,7 +288,8 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
 def run(args: argparse.Namespace) -> None:
     messages, note = messages_of(args), lambda text: print(text, file=sys.stderr, flush=True)
     with progress("loading"):
-        path = checkpoint(args.model or DEMO_MODEL)
+        path = checkpoint(DEMO_MODEL if args.model is None else args.model)
+        load_config(path)       # another model says so before its tokenizer and pictures say less
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
@@ -335,6 +337,8 @@ def peak_memory(device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would fall back on stdout
+    warnings.filterwarnings("ignore", module="PIL")         # what it suspects of files that it reads
     torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for 0.4 s whenever the number of tokens is new
     try:
         run(parse(argv))
@@ -346,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {UNSHOWN.sub('', str(error)).partition(chr(10))[0]}", file=sys.stderr)
+        print(f"error: {UNSHOWN.sub('', str(error)).replace(chr(10), ' ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

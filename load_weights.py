@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import Config, Qwen2_5_VL
-from processing import read_json
+from processing import object_of, read_json
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
@@ -39,10 +39,13 @@ PUBLISHED_PREFIX = {"model.language_model.": "model.", "model.visual.": "visual.
 def checkpoint(name: str | Path) -> Path:
     """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once.
 
-    Only safetensors and JSON files are asked for. Raises OSError where there is neither.
+    Only safetensors and JSON files are asked for. Raises OSError where there is neither, ValueError for a
+    directory with nothing but a LoRA adapter.
     """
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
+        if (path / "adapter_config.json").exists() and not any(path.glob("model*.safetensors*")):
+            raise ValueError(f"{path}: a LoRA adapter only; merge it into its base model and save that")
         return path
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
         raise OSError(f"{name}: no such directory; give a checkpoint's directory or a hub id like "
@@ -65,19 +68,13 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path) / "config.json"
     top = read_json(path)
-
-    def object_of(config: dict, name: str) -> dict:
-        if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{path}: {name} is not an object; download it again")
-        return config.get(name) or {}
-
-    vision, text = object_of(top, "vision_config"), top | object_of(top, "text_config")
-    rope = object_of(text, "rope_parameters") or object_of(text, "rope_scaling")
+    vision, text = object_of(path, top, "vision_config"), top | object_of(path, top, "text_config")
+    rope = object_of(path, text, "rope_parameters") or object_of(path, text, "rope_scaling")
     text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     vision = {"in_chans": vision.get("in_channels")} | vision
 
-    quantised = object_of(top, "quantization_config")
+    quantised = object_of(path, top, "quantization_config")
     for refused, what in (
         (top.get("model_type") != "qwen2_5_vl", f"model_type {top.get('model_type')!r}"),
         (quantised, f"quantisation ({quantised.get('quant_method', 'unnamed')})"),
@@ -113,21 +110,22 @@ def load_config(path: str | Path) -> Config:
         (tower.hidden_size, 4 * tower.num_heads, "vision hidden_size in 4 x num_heads"),
         (tower.window_size, group, "window_size in merge groups"),
     ):
-        if part == 0 or size % part != 0:
-            raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not")
+        if size == 0 or part == 0 or size % part != 0:
+            raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not; "
+                             "download it again")
     for size, other, what in (
         (len(config.mrope_section), 3, "the length of mrope_section and three axes"),
         (sum(config.mrope_section), config.head_dim // 2, "the sum of mrope_section and half of head_dim"),
         (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size and hidden_size"),
     ):
         if size != other:
-            raise ValueError(f"{path}: {what} must be equal, {size} and {other} are not")
+            raise ValueError(f"{path}: {what} must be equal, {size} and {other} are not; download it again")
     return config
 
 
 def load_generation_config(path: str | Path) -> dict:
     """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
-    path = Path(path) / "generation_config.json"
+    path = checkpoint(path) / "generation_config.json"
     saved = read_json(path) if path.exists() else {}
     settings = dict(
         temperature=0.0, repetition_penalty=saved.get("repetition_penalty") or 1.0,
@@ -148,20 +146,18 @@ def load_generation_config(path: str | Path) -> dict:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         return [single]
     if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        shards = object_of(index, read_json(index), "weight_map")
+        if not shards or not all(isinstance(name, str) for name in shards.values()):
             raise ValueError(f"{index}: no weight_map from tensors to files; download it again")
         names = sorted(set(shards.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
-        if absent := [name for name in names if not (path / name).exists()]:
+        if absent := [name for name in names if not (path / name).is_file()]:
             raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
         return [path / name for name in names]
-    if (path / "adapter_config.json").exists():
-        raise ValueError(f"{path}: a LoRA adapter only; merge it into its base model and save that")
     if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
         raise ValueError(f"{path}: only pickled weights ({pickles[0]}), which can run code when opened; "
                          "convert them to safetensors")
@@ -222,9 +218,11 @@ def load_model(
         (expected.keys() - weights.keys(), "are missing"),
         (weights.keys() - expected.keys(), "are not part of this model"),
         (misshapen, "have another shape than config.json says"),
+        ({name for name, p in weights.items() if not p.is_floating_point()}, "are no floating-point numbers"),
     ):
         if names:
-            raise ValueError(f"{path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
+            raise ValueError(f"{path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}; "
+                             "are its weights and its config.json of one checkpoint?")
     embedding = weights["model.embed_tokens.weight"]
     if tied_head is not None and not torch.equal(tied_head, embedding):
         raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "

@@ -10,6 +10,7 @@ Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and f
 
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,10 @@ def smart_resize(
     Rounds half to even (70 -> 56). Very long pictures may end above max_pixels: no side goes below factor.
     Raises ValueError above an aspect ratio of 200. HF: smart_resize.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+    if not 0 < max(height, width) <= MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"a picture of {width}x{height} pixels is longer than {MAX_ASPECT_RATIO}:1; crop it")
+    if not max_pixels > 0:
+        raise ValueError(f"max_pixels {max_pixels}: must be above 0")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -266,6 +269,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def object_of(path: Path, content: dict, name: str) -> dict:
+    """The object under a key of what a JSON file holds; an empty one where there is none."""
+    if not isinstance(content.get(name) or {}, dict):
+        raise ValueError(f"{path}: {name} is not an object; download it again")
+    return content.get(name) or {}
+
+
 def load_processor(
     path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Processor:
@@ -277,9 +287,9 @@ def load_processor(
     picture, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"
     both = path / "processor_config.json"       # transformers 5 writes one file for the two
     nested = read_json(both) if both.exists() else {}
-    frame = read_json(video) if video.exists() else nested.get("video_processor") or {}
-    picture = nested.get("image_processor") if "image_processor" in nested else read_json(picture)
-    size, frame_size = picture.get("size") or {}, frame.get("size")
+    frame = read_json(video) if video.exists() else object_of(both, nested, "video_processor")
+    picture = object_of(both, nested, "image_processor") or read_json(picture)
+    size, frame_size = object_of(path, picture, "size"), object_of(path, frame, "size")
     if not (path / "tokenizer.json").exists():
         raise OSError(f"{path / 'tokenizer.json'}: no such file; is {path} a complete checkpoint?")
     try:
@@ -301,7 +311,7 @@ def load_processor(
     edges = (frame_size.get("shortest_edge"), frame_size.get("longest_edge")) if frame_size else None
     for name, value in [*sizes.items(), *(("size", edge) for edge in edges or ())]:
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} {value}: must be a whole number above 0")
+            raise ValueError(f"{name} {value!r}: must be a whole number above 0")
     if min_pixels > max_pixels:
         raise ValueError(f"max_pixels {max_pixels}: must be at least min_pixels, {min_pixels}")
     return Processor(
@@ -318,29 +328,28 @@ def local_path(source: object) -> Path:
         raise ValueError(f"a picture is a path or a PIL image, not {type(source).__name__}; {FORM}")
     if re.match(r"(?i)[a-z]+:/|data:", str(source)):
         raise ValueError(f"{str(source)[:60]}: URLs are not fetched; download it first and give its path")
-    path = Path(source)
-    if not path.exists():
-        raise OSError(f"{path}: no such file; check the path")
-    return path
+    if not os.path.exists(source):      # False for "" and for names too long, where Path has other answers
+        raise OSError(f"{source}: no such file; check the path")
+    return Path(source)
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     """Each frame of a picture file and the seconds it stands; one frame where nothing moves."""
     if path.is_dir():
         raise ValueError(f"{path}: a directory, not a picture; give one of its files")
-    if path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
+    if path.suffix.lower() in (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"):
         raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
     try:
         with Image.open(path) as file:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
-                yield rgb(ImageOps.exif_transpose(frame)), frame.info.get("duration", 0) / 1000
+                yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; make it smaller first") from None
-    except (OSError, SyntaxError) as error:
+    except Exception as error:      # IndexError, TypeError, struct.error: decoders raise what they stumble on
         raise ValueError(f"{path}: broken picture ({error}); get it again") from None
 
 
@@ -357,7 +366,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def open_image(source: object) -> Image.Image:
     """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as it is."""
-    return rgb(source) if isinstance(source, Image.Image) else next(read_frames(local_path(source)))[0]
+    return rgb(source if isinstance(source, Image.Image) else next(read_frames(local_path(source)))[0])
 
 
 def open_video(item: dict) -> tuple[list[Image.Image], float]:
@@ -388,4 +397,4 @@ def sample_frames(path: Path, fps: float) -> tuple[list[Image.Image], float]:
     count = min(max(duration * fps, VIDEO_MIN_FRAMES), VIDEO_MAX_FRAMES, len(frames))
     count = max(int(count) // 2 * 2, 2)
     indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
-    return [frames[i] for i in indices], duration / count
+    return [rgb(frames[i]) for i in indices], duration / count

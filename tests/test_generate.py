@@ -1,5 +1,6 @@
 """Generation against Hugging Face's, token by token, and the command line as a user meets it."""
 
+import io
 import os
 import signal
 import subprocess
@@ -195,13 +196,23 @@ def test_sampling_flag_overrides_the_checkpoint(capsys):
     (["--model", "no/such/checkpoint", "--prompt", "Hi"],
      "no/such/checkpoint: no such directory; give a checkpoint's directory or a hub id"),
     (["--model", "tests", "--prompt", "Hi"],
-     "tests/preprocessor_config.json: no such file; is tests a complete checkpoint?"),
+     "tests/config.json: no such file; is tests a complete checkpoint?"),
     (["--model", "tiny"], "nothing to answer; give --prompt, --image or --video"),
     (["--image", "nowhere.png"], "nowhere.png: no such file; check the path"),
     (["--image", "https://example.org/a.png"],
      "https://example.org/a.png: URLs are not fetched; download it first"),
     (["--image", "README.md"], "README.md: not a picture that Pillow can read; convert it to PNG or JPEG"),
     (["--video", "tests"], "frames need the rate at which they were taken: give fps"),
+    (["--image", ""], ": no such file; check the path"),
+    (["--image", "a\nb.png"], "a b.png: no such file; check the path"),
+    (["--video", ""], ": no such file; check the path"),
+    (["--video", "tests", "--fps", "0"], "fps 0.0: must be above 0"),
+    (["--video", "tests", "--fps", "nan"], "fps nan: must be above 0"),
+    (["--model", "", "--prompt", "Hi"], ": no such directory; give a checkpoint's directory or a hub id"),
+    (["--max-pixels", "many"], "argument --max-pixels: invalid int value: 'many'; see"),
+    (["--max-pixels", "0"], "max_pixels 0: must be a whole number above 0"),
+    (["--top-p", "1.5"], "top_p 1.5: must be above 0 and at most 1"),
+    (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     (["--fps", "2"], "--fps without --video; give both or neither"),
     (["--prompt", "  "], "the prompt is empty; ask something"),
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
@@ -234,6 +245,36 @@ def test_mistake_answered_with_a_traceback(argv, message, capsys, monkeypatch):
     assert out == ""
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", '{"model_type": "llava"}', "config.json: model_type 'llava' is not supported; use a pub"),
+    ("adapter_config.json", "{}", "a LoRA adapter only; merge it into its base model and save that"),
+])
+def test_another_model_called_incomplete(name, content, message, tmp_path, capsys):
+    """What else a directory may hold is said before the files are missed that it hasn't."""
+    (tmp_path / name).write_text(content)
+    assert main(["--model", str(tmp_path), "--prompt", "Hi"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_large_picture_makes_a_noise(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)      # the demo has more, but not twice as many
+    assert main(["--max-new-tokens", "1"]) == 0
+
+
+def test_closed_stderr_moves_notes_into_the_answer(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["--image", "nowhere.png"]) == 2 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("question", ["", " \n", "\udcff"])
+def test_prompt_of_nothing_from_stdin(question, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(question))
+    assert main(["--prompt", "-"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and ("ask something" in err or "surrogate" in err)
 
 
 def start(*arguments, **options):
@@ -282,8 +323,11 @@ def test_closed_pipe_makes_a_noise():
     assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 0
 
 
-def test_interruption_leaves_a_traceback():
-    process = start("--max-new-tokens", "20000", "--temperature", "100", "--seed", "1")
+def test_interruption_leaves_a_traceback(tmp_path):
+    for file in (ROOT / "tiny").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()      # without an end token it answers until it is stopped
+    process = start("--model", tmp_path, "--prompt", "Hi", "--max-new-tokens", "20000")
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

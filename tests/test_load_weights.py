@@ -125,6 +125,8 @@ def test_class_defaults_as_fall_backs(tmp_path):
     (dict(num_hidden_layers="28"), "num_hidden_layers cannot be '28'; download it again"),
     (dict(rms_norm_eps="small"), "rms_norm_eps cannot be 'small'"),
     (dict(tie_word_embeddings="no"), "tie_word_embeddings cannot be 'no'"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=3584, window_size=0)),
+     "window_size in merge groups must come out even and 0 / 28 does not; download it again"),
     (dict(num_attention_heads=0), "hidden_size in num_attention_heads must come out even and 3584 / 0"),
     (dict(rope_scaling=dict(mrope_section=[-16, 40, 40])), r"mrope_section cannot be \[-16, 40, 40\]"),
     (dict(vision_config="none"), "vision_config is not an object; download it again"),
@@ -184,6 +186,8 @@ def test_left_in_training_mode(saved):
     (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
     (lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
      r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
+    (lambda w: w.update({"model.norm.weight": torch.ones(256, dtype=torch.int8)}),
+     "1 tensors are no floating-point numbers: model.norm.weight; are its weights and its"),
 ])
 def test_tensor_never_loaded(saved, change, message):
     directory, _ = saved
@@ -229,6 +233,7 @@ def leave_pickles(directory):
 
 def leave_adapter(directory):
     leave_pickles(directory)
+    (directory / "config.json").unlink()        # an adapter has none
     (directory / "adapter_config.json").touch()
 
 
@@ -253,7 +258,11 @@ def point_outside(directory):
      "model.safetensors: not a whole safetensors file"),
     (lambda d: (d / "model.safetensors").write_bytes(b""), ValueError, "not a whole safetensors file"),
     (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), ValueError,
+     "weight_map is not an object; download it again"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ValueError,
      "no weight_map from tensors to files; download it again"),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}'), OSError,
+     r"of its shards \.\. are missing"),
 ])
 def test_damaged_checkpoint(saved, damage, error, message):
     damage(saved[0])
@@ -290,10 +299,12 @@ def anonymous_bytes():
 # ---------------------------------------------------------------------------- names and settings
 
 def test_no_such_directory():
-    for name in ("no/such/dir", "./nowhere", "nothing"):
+    for name in ("no/such/dir", "./nowhere", "nothing", ""):
         message = f"{name}: no such directory; give a checkpoint's directory or a hub id"
         with pytest.raises(OSError, match=message):
             checkpoint(name)
+        with pytest.raises(OSError, match=message):
+            load_generation_config(name)        # and not the settings of no checkpoint, which end no answer
 
 
 def test_pickles_downloaded_from_the_hub(tmp_path, monkeypatch):

@@ -319,7 +319,11 @@ def damaged(tmp_path):
     picture(200, 200).save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:3000])
+    picture(200, 200).save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:1500])
     (tmp_path / "words.jpg").write_text("not a picture")
+    (tmp_path / "clip.m4v").write_bytes(b"\0" * 100)
+    Image.new("F", (60, 60)).save(tmp_path / "float.tiff")
     (tmp_path / "clip.mp4").write_bytes(b"\0" * 100)
     (tmp_path / "folder").mkdir()
     Image.new("L", (3000, 2)).save(tmp_path / "long.png")
@@ -335,7 +339,11 @@ def damaged(tmp_path):
     ("missing.png", "no such file; check the path"),
     ("empty.png", "not a picture that Pillow can read"),
     ("cut.png", "broken picture"),
+    ("cut.jpg", "cut.jpg: broken picture"),
     ("words.jpg", "not a picture that Pillow can read"),
+    ("clip.m4v", "ffmpeg -i .*clip.m4v"),
+    ("float.tiff", "convert it to 8 bits"),
+    ("x" * 300, "x: no such file; check the path"),
     ("clip.mp4", "ffmpeg -i .*clip.mp4"),
     ("folder", "a directory, not a picture"),
     ("long.png", "3000x2 pixels is longer than 200:1"),
@@ -345,6 +353,21 @@ def damaged(tmp_path):
 def test_file_is_not_a_picture(processor, tmp_path, name, message):
     with pytest.raises((ValueError, OSError), match=message):
         processor(user(image(damaged(tmp_path) / name)))
+
+
+def test_cut_animation_ends_in_a_traceback(processor, tmp_path):
+    """Wherever the file ends: Pillow's decoders raise struct.error and IndexError, too."""
+    frames, path = [Image.new("RGB", (56, 56), (40 * i, 0, 0)) for i in range(4)], tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    whole, messages = path.read_bytes(), set()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        try:
+            processor(video(path))
+        except ValueError as error:
+            messages.add(str(error).removeprefix(f"{path}: ")[:14])
+    assert {"not a picture ", "broken picture"} <= messages <= {
+        "not a picture ", "broken picture", "not an animati"}
 
 
 @pytest.mark.parametrize("messages, message", [
@@ -364,6 +387,12 @@ def test_file_is_not_a_picture(processor, tmp_path, name, message):
     (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be above 0"),
     (user({"type": "video", "video": [RED], "fps": float("inf")}), "fps inf: must be above 0"),
     (user(image("HTTPS://example.org/a.png")), "URLs are not fetched"),
+    (user(image(Image.new("RGB", (0, 0)))), "longer than 200:1"),
+    (user(image(RED) | {"max_pixels": -1}), "max_pixels -1: must be above 0"),
+    (user({"type": "video", "video": [RED, None], "fps": 2}), "a path or a PIL image, not NoneType"),
+    (user({"type": "text", "text": "\ud800"}), "half of a surrogate pair"),
+    ([[], user(text("x"))], "a conversation is a list of messages"),
+    (user(None), "cannot use 'None' as content"),
     (user({"type": "video", "video": "https://example.org/a.mp4"}), "download it first"),
 ])
 def test_malformed_conversation(processor, messages, message):
@@ -377,6 +406,15 @@ def test_video_that_is_none(processor, tmp_path):
     RED.save(tmp_path / "still.png")
     with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
         processor(video(tmp_path / "still.png"))
+    frames = [Image.new("RGB", (56, 56), (i, 0, 0)) for i in (0, 90)]
+    frames[0].save(tmp_path / "no delays.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
+        processor(video(tmp_path / "no delays.gif"))
+    (tmp_path / "still.png").rename(tmp_path / "1.png")
+    (tmp_path / "no delays.gif").unlink()
+    (tmp_path / "2.png").write_text("words")
+    with pytest.raises(ValueError, match="2.png: not a picture that Pillow can read"):
+        processor(video(tmp_path, fps=2))
 
 
 def test_damaged_processor_files(published, tmp_path):
@@ -397,11 +435,13 @@ def test_damaged_processor_files(published, tmp_path):
     with pytest.raises(ValueError, match="max_pixels 100: must be at least min_pixels, 3136"):
         load_processor(published[0], max_pixels=100)
     for name, content, message in (
-        ("preprocessor_config.json", '{"patch_size": "14"}', "patch_size 14: must be a whole number"),
+        ("preprocessor_config.json", '{"patch_size": "14"}', "patch_size '14': must be a whole number"),
+        ("preprocessor_config.json", '{"size": 5}', "size is not an object; download it again"),
+        ("processor_config.json", '{"image_processor": "x"}', "image_processor is not an object"),
         ("video_preprocessor_config.json", '{"size": {"shortest_edge": 5}}', "size None: must be a whole"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "no <.endoftext.> in it; is it Qwen2.5-VL's?"),
     ):
-        copy = Path(shutil.copytree(published[0], tmp_path / f"with {name}"))
+        copy = Path(shutil.copytree(published[0], tmp_path / message[:9]))
         (copy / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             load_processor(copy)

@@ -171,7 +171,7 @@ BUGS = [
     Bug("alpha dropped", "processing.py",
         'if "A" in image.getbands() or image.info.get("transparency") is not None:', "if False:",
         "test_processing.py::test_alpha_dropped_or_mode_misread", "NousResearch/hermes-agent#64548"),
-    Bug("orientation ignored", "processing.py", "rgb(ImageOps.exif_transpose(frame))", "rgb(frame)",
+    Bug("orientation ignored", "processing.py", "yield ImageOps.exif_transpose(frame)", "yield frame.copy()",
         "test_processing.py::test_orientation_ignored", "sgl-project/sglang#33464"),
     Bug("typed control tokens steer", "processing.py", "tokenizer.encode_special_tokens = True",
         "tokenizer.encode_special_tokens = False", "test_processing.py::test_typed_token_steers",
