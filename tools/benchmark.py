@@ -215,8 +215,6 @@ def alternate(row: Row, ours: Callable[[], float], hf: Callable[[], float], devi
     return row
 
 
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy on the device."""
     a = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
@@ -337,7 +335,9 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         axis.plot(at, [1e3 * hf for _, hf in values], "s--", color="#D55E00", label="Hugging Face")
         axis.plot(at, [1e3 * ours for ours, _ in values], "o-", color="#0072B2", label="this implementation")
         axis.plot(at, [1e3 * value for value in limit], ":", color="black", label="limit of this machine")
-        axis.set(xlabel=label, ylabel="milliseconds", title=title, ylim=(0, None))
+        axis.margins(y=0.1)
+        axis.set(xlabel=label, ylabel="milliseconds", title=title)
+        axis.set_ylim(bottom=0)
         axis.legend()
     figure.suptitle(f"two vision blocks and one decoder layer of the 3B, {str(dtype)[6:]}, "
                     f"{device_name(device)}")
