@@ -82,18 +82,21 @@ def test_tree_differs_from_the_conversation_it_stands_for(checkpoint, kind):
 
 
 def test_target_of_another_token_or_thing(checkpoint):
-    """Labels spell the answer; its tokens point at the cells of the thing that they speak of."""
-    processor = load_processor(checkpoint)
+    """Labels spell the answer, and a color word points at a thing of that color."""
+    processor, colors = load_processor(checkpoint), list(scenes.COLORS)
     batch, looked_at = batch_of(processor, "every"), 0
-    for _, b, place in batch["answers"]:
+    for kind, b, place in batch["answers"]:
         labels, points, things = batch["labels"][b, place], batch["points"][b, place], batch["targets"][b]
-        for box, label in boxes.read_boxes(processor.decode(labels[labels != train_tiny.UNKNOWN])):
+        said = processor.decode(labels[labels != train_tiny.UNKNOWN])
+        for box, label in boxes.read_boxes(said):
             here = things[(things[:, 3:7] == torch.tensor(box)).all(dim=1)]
-            number, shape, color = here[0, :3].tolist()
-            assert label == f"{list(scenes.COLORS)[color - 1]} {scenes.SHAPES[shape - 1]}"
-            assert number in points
-            looked_at += 1
-    assert looked_at > 6
+            assert label == f"{colors[here[0, 2] - 1]} {scenes.SHAPES[here[0, 1] - 1]}"
+        for token, number in zip(labels.tolist(), points.tolist()):
+            word = processor.decode([token]).strip() if token != train_tiny.UNKNOWN else ""
+            if word in colors:
+                assert colors[things[things[:, 0] == number][0, 2] - 1] == word, (kind, said)
+                looked_at += 1
+    assert looked_at > 20
 
 
 def test_motion_leaves_the_picture_or_goes_elsewhere():

@@ -427,7 +427,8 @@ class Trainer:
             losses["far"] = self.hints.far_loss(self.caught["hidden"][tokens], targets)
             if (batch["points"] > 0).any():
                 losses["point"] = self.point_loss(batch, tokens)
-        rows, columns = torch.arange(0, h // 2) * CELL + CELL / 2, torch.arange(0, w // 2) * CELL + CELL / 2
+        merge = self.model.config.vision.spatial_merge_size
+        rows, columns = (torch.arange(side // merge) * CELL + CELL / 2 for side in (h, w))
         middles = torch.cartesian_prod(rows, columns).flip(1)
         losses["near"] = self.hints.near_loss(
             self.caught["merged"], targets, middles.repeat(len(targets) // len(middles), 1))
