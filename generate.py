@@ -212,16 +212,15 @@ def text_of(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr what takes so long, from the second second on."""
-    done = threading.Event()
+    """Says on stderr what takes so long, from the second second on; just once where that is no terminal."""
+    done, terminal = threading.Event(), sys.stderr.isatty()
 
     def tick() -> None:
-        for seconds in count(2):
-            if done.wait(2 if seconds == 2 else 1):
+        for seconds in count(1):
+            if done.wait(1):
                 return
-            end = "\r" if sys.stderr.isatty() else "\n"
-            if seconds == 2 or end == "\r":
-                print(f"{what} ... {seconds} s", end=end, file=sys.stderr, flush=True)
+            if seconds == 2 or seconds > 2 and terminal:
+                print(f"{what} ... {seconds} s", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
@@ -285,6 +284,29 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
     return [*system, {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
+def outlook(model: Qwen2_5_VL, inputs: dict[str, Tensor], patch_size: int, max_new_tokens: int) -> str:
+    """What is known before an answer: sizes of pictures and videos in pixels, tokens, bytes."""
+    weight, T = model.model.norm.weight, inputs["input_ids"].shape[1]
+    grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
+    sizes = ", ".join(f"{w * patch_size}x{h * patch_size}" + (f" in {t} steps" if t > 1 else "")
+                      for t, h, w in grids)
+    weights = sum(p.nbytes for p in model.parameters())
+    cache = 2 * KVCache(model.config, 1, T + max_new_tokens, "meta", weight.dtype).k.nbytes
+    return (f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, "
+            f"cache {cache / 1e9:.3f} GB, {weight.dtype} on {weight.device}")
+
+
+def review(times: list[float], device: torch.device) -> str:
+    """What is known after it, from the times of its start and of every token."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:       # in kilobytes, on macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    start, first, last, count = times[0], times[1], times[-1], len(times) - 1
+    speed = f", then {(count - 1) / (last - first):.0f} a second" if count > 1 else ""
+    return f"first token after {first - start:.2f} s{speed}; {count} tokens; peak memory {peak / 1e9:.2f} GB"
+
+
 def run(args: argparse.Namespace) -> None:
     messages, note = messages_of(args), lambda text: print(text, file=sys.stderr, flush=True)
     with progress("loading"):
@@ -293,22 +315,14 @@ def run(args: argparse.Namespace) -> None:
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
-    settings = load_generation_config(path)
     given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    settings |= {name: value for name, value in given.items() if value is not None}
-
-    weight, T, side = model.model.norm.weight, inputs["input_ids"].shape[1], processor.patch_size
-    grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
-    sizes = ", ".join(f"{w * side}x{h * side}" + (f" in {t} steps" if t > 1 else "") for t, h, w in grids)
+    settings = load_generation_config(path) | {name: x for name, x in given.items() if x is not None}
     steps = generate(model, inputs, args.max_new_tokens, **settings, graph=False if args.no_graph else None)
     if args.model is None:
         *media, question = messages[-1]["content"]
-        names = [os.path.relpath(item["image" if "image" in item else "video"]) for item in media]
+        names = [os.path.relpath(item.get("image") or item["video"]) for item in media]
         note(f"{os.path.relpath(path)} is asked about {', '.join(names)}: {question['text']}")
-    weights = sum(p.nbytes for p in model.parameters())
-    stored = 2 * KVCache(model.config, 1, T + args.max_new_tokens, "meta", weight.dtype).k.nbytes
-    note(f"{sizes or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, cache {stored / 1e9:.3f} GB, "
-         f"{weight.dtype} on {weight.device}")
+    note(outlook(model, inputs, processor.patch_size, args.max_new_tokens))
 
     times = [time.perf_counter()]
 
@@ -322,17 +336,7 @@ def run(args: argparse.Namespace) -> None:
     for text in text_of(tokens(), processor):
         print(UNSHOWN.sub("", text), end="", flush=True)
     print(flush=True)
-    start, first, *_, last = times + times[-1:]
-    speed = f", then {(len(times) - 2) / (last - first):.0f} a second" if last > first else ""
-    note(f"first token after {first - start:.2f} s{speed}; {len(times) - 1} tokens; "
-         f"peak memory {peak_memory(weight.device) / 1e9:.2f} GB")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on the card, or of this process. ru_maxrss counts kilobytes, on macOS bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    note(review(times, model.model.norm.weight.device))
 
 
 def main(argv: list[str] | None = None) -> int:

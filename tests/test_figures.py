@@ -35,7 +35,7 @@ def test_patches_numbered_in_raster_order(tmp_path):
 def test_windows_in_another_order(tmp_path):
     windows, order, full = figures.draw_windows(tmp_path).values()
     assert windows.tolist() == [[0] * 4 + [1] * 4 + [2]] * 4 + [[3] * 4 + [4] * 4 + [5]]
-    assert torch.equal(order, windows.flatten().argsort(stable=True)) and full == [7, 15, 23, 31]
+    assert torch.equal(order, windows.flatten().argsort(stable=True)) and full == (7, 15, 23, 31)
 
 
 def test_text_after_a_picture_counted_by_its_tokens(tmp_path):

@@ -27,11 +27,11 @@ def ours(model, inputs, monkeypatch=None, **settings):
     return torch.stack(list(generate(model, inputs, **settings)), dim=1), logits
 
 
-def theirs(hf, inputs, n=32, seed=None, **settings):
+def theirs(hf, inputs, seed=None, **settings):
     hf.model.rope_deltas = None
     if seed is not None:
         torch.manual_seed(seed)
-    out = hf.generate(**inputs, max_new_tokens=n, do_sample=seed is not None, pad_token_id=0,
+    out = hf.generate(**inputs, max_new_tokens=32, do_sample=seed is not None, pad_token_id=0,
                       return_dict_in_generate=True, output_logits=True, **settings)
     return out.sequences[:, inputs["input_ids"].shape[1]:], out.logits
 
@@ -70,17 +70,12 @@ def test_filters_in_another_order(pairs, rows, settings):
     assert not torch.equal(tokens, ours(pair.ours, inputs, max_new_tokens=32, seed=8, **settings)[0])
 
 
-@pytest.mark.parametrize("rows", [VIDEO_ROWS, MIXED_ROWS, ROWS["padded batch"]],
-                         ids=["video", "mixed", "padded"])
-def test_decoding_drifts_from_one_pass(pair, rows, monkeypatch):
+def test_decoding_drifts_from_one_pass(pair, monkeypatch):
     """Every step's logits are those of one pass over all; transformers 5.23.0 fails after a video."""
-    inputs = prompts(rows)
+    inputs = prompts(MIXED_ROWS)
     tokens, logits = ours(pair.ours, inputs, monkeypatch, max_new_tokens=8)
-    ones = torch.ones_like(tokens)
-    whole = pair.ours(**inputs | dict(
-        input_ids=torch.cat((inputs["input_ids"], tokens), 1),
-        attention_mask=torch.cat((inputs["attention_mask"], ones), 1),
-        mm_token_type_ids=torch.cat((inputs["mm_token_type_ids"], ones.int() * 0), 1)))
+    ids = torch.cat((inputs["input_ids"], tokens), 1)
+    whole = pair.ours(**inputs | dict(input_ids=ids, attention_mask=None))
     assert_close("itself: chunked and cached = one pass", torch.stack(logits, 1), whole[:, -9:-1])
 
 
@@ -113,7 +108,7 @@ def test_end_tokens_cut_to_one(pairs):
 
 
 def test_tower_or_prompt_run_again(pairs, monkeypatch):
-    """The tower once, the prompt once with logits of its last token, then one token a step."""
+    """The tower once, the prompt once, then one token a step."""
     model, shapes, towers = pairs("sdpa").ours, [], []
     decode = model.decode
     monkeypatch.setattr(
@@ -139,11 +134,6 @@ def test_captured_step_differs_from_the_plain_loop(pairs, monkeypatch):
         plain, captured = (ours(model, prompts(rows), max_new_tokens=20, graph=graph)[0]
                            for graph in (False, True))
         assert torch.equal(plain, captured)
-
-
-def test_context_exceeded(pairs):
-    with pytest.raises(ValueError, match="20 tokens and 4090 new ones exceed the context of 4096"):
-        generate(pairs("sdpa").ours, prompts([[20]]), max_new_tokens=4090)
 
 
 def test_half_a_character_is_shown(published):
@@ -193,48 +183,29 @@ def test_sampling_flag_overrides_the_checkpoint(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--model", "no/such/checkpoint", "--prompt", "Hi"],
-     "no/such/checkpoint: no such directory; give a checkpoint's directory or a hub id"),
-    (["--model", "tests", "--prompt", "Hi"],
-     "tests/config.json: no such file; is tests a complete checkpoint?"),
     (["--model", "tiny"], "nothing to answer; give --prompt, --image or --video"),
-    (["--image", "nowhere.png"], "nowhere.png: no such file; check the path"),
-    (["--image", "https://example.org/a.png"],
-     "https://example.org/a.png: URLs are not fetched; download it first"),
-    (["--image", "README.md"], "README.md: not a picture that Pillow can read; convert it to PNG or JPEG"),
     (["--video", "tests"], "frames need the rate at which they were taken: give fps"),
     (["--image", ""], ": no such file; check the path"),
     (["--image", "a\nb.png"], "a b.png: no such file; check the path"),
     (["--video", ""], ": no such file; check the path"),
-    (["--video", "tests", "--fps", "0"], "fps 0.0: must be above 0"),
     (["--video", "tests", "--fps", "nan"], "fps nan: must be above 0"),
     (["--model", "", "--prompt", "Hi"], ": no such directory; give a checkpoint's directory or a hub id"),
-    (["--max-pixels", "many"], "argument --max-pixels: invalid int value: 'many'; see"),
-    (["--max-pixels", "0"], "max_pixels 0: must be a whole number above 0"),
+    (["--max-pixels", "1"], "max_pixels 1: must be above 0 and at least min_pixels, 12544"),
     (["--top-p", "1.5"], "top_p 1.5: must be above 0 and at most 1"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     (["--fps", "2"], "--fps without --video; give both or neither"),
-    (["--prompt", "  "], "the prompt is empty; ask something"),
+    (["--prompt", ""], "the prompt is empty; ask something"),
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
     (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
-    (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'; see"),
-    (["--max-new-tokens", "99999"], "exceed the context of 32768: use fewer new tokens"),
+    (["--max-new-tokens", "32700"], "73 tokens and 32700 new ones exceed the context of 32768: use fewer"),
     (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
-    (["--max-new-tokens", "-1000"], "max_new_tokens -1000: must be at least 1"),
     (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or above"),
     (["--top-p", "0"], "top_p 0.0: must be above 0 and at most 1"),
-    (["--model", "tiny", "--prompt", "\udcff"], "the text holds half of a surrogate pair; is it UTF-8?"),
-    (["--device", "mps"], "device mps: not to be had here; use cpu"),
-    (["--max-pixels", "-5"], "max_pixels -5: must be a whole number above 0"),
-    (["--max-pixels", "1"], "max_pixels 1: must be at least min_pixels, 12544"),
     (["--seed", str(2**70)], f"seed {2**70}: must be from 0 to 2**64 - 1"),
     (["--temperature", "inf"], "temperature inf: must be 0 (greedy) or above"),
     (["--top-p", "nan"], "top_p nan: must be above 0 and at most 1"),
-    (["--device", "cuda:9"], "device cuda:9: not to be had here"),
-    (["--attention", "flash"], "argument --attention: invalid choice: 'flash'"),
     (["--dtype", "float16"], "dtype float16: use bfloat16 or float32; float16 overflows in the vision tower"),
     (["--device", "cuda"], "device cuda: not to be had here; use cpu"),
-    (["--device", "toaster"], "device toaster: not to be had here; use cpu"),
 ])
 def test_mistake_answered_with_a_traceback(argv, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -269,23 +240,17 @@ def test_closed_stderr_moves_notes_into_the_answer(capsys, monkeypatch):
     assert main(["--image", "nowhere.png"]) == 2 and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("question", ["", " \n", "\udcff"])
-def test_prompt_of_nothing_from_stdin(question, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(question))
+@pytest.mark.parametrize("stdin, message", [(None, "stdin is closed"), (io.StringIO(" \n"), "ask something")])
+def test_no_question_on_stdin_ends_in_a_traceback(stdin, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", stdin)
     assert main(["--prompt", "-"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and ("ask something" in err or "surrogate" in err)
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def start(*arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / "generate.py", *arguments], stdout=subprocess.PIPE,
+def start(*arguments, stdout=subprocess.PIPE, **options):
+    return subprocess.Popen([sys.executable, ROOT / "generate.py", *arguments], stdout=stdout,
                             stderr=subprocess.PIPE, text=True, **options)
-
-
-def test_closed_stdin_ends_in_a_traceback(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)
-    assert main(["--prompt", "-"]) == 2
-    assert capsys.readouterr().err == "error: --prompt -: stdin is closed; pipe the question in\n"
 
 
 def test_out_of_memory_ends_in_a_traceback(capsys, monkeypatch):
@@ -306,7 +271,7 @@ def test_terminal_obeys_the_answer(capsys, monkeypatch):
     assert capsys.readouterr().out == "True[2Jb\tc\n\n"
 
 
-def test_prompt_from_stdin_and_the_same_answer_from_anywhere(tmp_path):
+def test_stdin_not_read_or_another_answer_elsewhere(tmp_path):
     process = start("--prompt", "-", cwd=tmp_path, stdin=subprocess.PIPE)
     out, err = process.communicate("Describe the image.", timeout=60)
     assert process.returncode == 0, err
@@ -317,8 +282,7 @@ def test_prompt_from_stdin_and_the_same_answer_from_anywhere(tmp_path):
 def test_closed_pipe_makes_a_noise():
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.Popen([sys.executable, ROOT / "generate.py"], stdout=write, stderr=subprocess.PIPE,
-                               text=True)
+    process = start(stdout=write)
     os.close(write)
     assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 0
 

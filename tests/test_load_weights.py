@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_equal, make_pair, prompts, published_names
+from conftest import assert_equal, make_pair, prompts
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import load_weights
-from load_weights import checkpoint, load_config, load_generation_config, load_model
+from load_weights import checkpoint, load_config, load_generation_config, load_model, published_name
 from model import Qwen2_5_VL
 
 # Published numbers: hidden, layers, heads, key heads, MLP, vocabulary, tied; vision MLP; bytes in bfloat16,
@@ -33,6 +33,9 @@ VISION = dict(
     window_size=112, spatial_patch_size=14, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
     temporal_patch_size=2, in_chans=3,
 )
+
+
+INDEX = "model.safetensors.index.json"
 
 
 def flat(size):
@@ -62,7 +65,7 @@ def test_published_names_shapes_and_bytes(size, tmp_path):
     with torch.device("meta"):
         ours = Qwen2_5_VL(config).state_dict()
         hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat(size)))
-        theirs = published_names(hf.state_dict())
+        theirs = {published_name(name): p for name, p in hf.state_dict().items()}
     if config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
     assert_equal("names and shapes of parameters, 3B to 72B",
@@ -73,12 +76,15 @@ def test_published_names_shapes_and_bytes(size, tmp_path):
 
 
 def test_sparse_config_read_as_having_no_windows(tmp_path):
-    """The published 32B names neither its windows nor its full blocks: they are as in all others."""
-    config = load_config(write(tmp_path, flat("32B")))
-    full = load_config(write(tmp_path, flat("32B") | dict(vision_config=VISION | dict(
-        intermediate_size=3456, out_hidden_size=5120))))
-    assert config == full
-    assert config.vision.window_size == 112 and config.vision.fullatt_block_indexes == (7, 15, 23, 31)
+    """What a config leaves out, as the published 32B its windows and full blocks, is as in all others, not as
+    in Hugging Face's classes (eps 1e-5, 4 per second).
+    """
+    full = flat("32B") | dict(vision_config=VISION | dict(intermediate_size=3456, out_hidden_size=5120))
+    sparse = flat("32B")
+    for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id"):
+        del sparse[key]
+    del sparse["vision_config"]["tokens_per_second"]
+    assert load_config(write(tmp_path, sparse)) == load_config(write(tmp_path, full))
 
 
 @pytest.mark.parametrize("size", FAMILY)
@@ -93,45 +99,26 @@ def test_dialect_read_otherwise(size, tmp_path):
     assert load_config(write(tmp_path, saved)) == ours
 
 
-def test_class_defaults_as_fall_backs(tmp_path):
-    """What a flat config leaves out is as published, not as in Hugging Face's classes (eps 1e-5, 4 per
-    second).
-    """
-    sparse = flat("7B")
-    for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id"):
-        del sparse[key]
-    del sparse["vision_config"]["tokens_per_second"]
-    assert load_config(write(tmp_path, sparse)) == load_config(write(tmp_path, flat("7B")))
-
-
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="qwen3_vl"), "model_type 'qwen3_vl' is not supported"),
     (dict(quantization_config=dict(quant_method="awq")), r"quantisation \(awq\)"),
     (dict(use_sliding_window=True), "use_sliding_window"),
     (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])),
      "rope scaling of type yarn"),
     (dict(hidden_act="gelu"), "activation gelu"),
-    (dict(hidden_size=None), "no hidden_size for the Config"),
-    (dict(num_attention_heads=27),
-     "hidden_size in num_attention_heads must come out even and 3584 / 27 does not"),
-    (dict(num_key_value_heads=3), "query heads in num_key_value_heads"),
-    (dict(rope_scaling=dict(type="mrope", mrope_section=[8, 12, 12])), "32 and 64 are not"),
-    (dict(rope_scaling=dict(type="mrope", mrope_section=[16, 24, 25])),
-     "the sum of mrope_section and half of head_dim must be equal, 65 and 64 are not"),
-    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)),
-     "vision out_hidden_size and hidden_size must be equal, 2048 and 3584 are not"),
-    (dict(vision_config=VISION | dict(out_hidden_size=3584)), "no intermediate_size for the VisionConfig"),
-    (dict(rope_scaling=dict(type="mrope", mrope_section=[32, 32])), "length of mrope_section and three axes"),
-    (dict(num_hidden_layers="28"), "num_hidden_layers cannot be '28'; download it again"),
-    (dict(rms_norm_eps="small"), "rms_norm_eps cannot be 'small'"),
-    (dict(tie_word_embeddings="no"), "tie_word_embeddings cannot be 'no'"),
-    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=3584, window_size=0)),
-     "window_size in merge groups must come out even and 0 / 28 does not; download it again"),
-    (dict(num_attention_heads=0), "hidden_size in num_attention_heads must come out even and 3584 / 0"),
+    (dict(hidden_size=None), "no hidden_size; download it again"),
+    (dict(num_attention_heads=27), "hidden_size must be a multiple of num_attention_heads"),
+    (dict(num_attention_heads=0), "hidden_size must be a multiple of num_attention_heads"),
+    (dict(num_key_value_heads=3), "num_attention_heads must be a multiple of num_key_value_heads"),
+    (dict(rope_scaling=dict(mrope_section=[16, 24, 25])), "mrope_section must be three numbers that add up"),
+    (dict(rope_scaling=dict(mrope_section=[32, 32])), "mrope_section must be three numbers that add up"),
     (dict(rope_scaling=dict(mrope_section=[-16, 40, 40])), r"mrope_section cannot be \[-16, 40, 40\]"),
-    (dict(vision_config="none"), "vision_config is not an object; download it again"),
-    (dict(quantization_config=["gptq"]), "quantization_config is not an object"),
-    (dict(quantization_config=dict(quant_method="gptq")), r"quantisation \(gptq\)"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=2048)),
+     "vision out_hidden_size must equal hidden_size; download it again"),
+    (dict(vision_config=VISION | dict(intermediate_size=3420, out_hidden_size=3584, window_size=0)),
+     "window_size must be a multiple of patch_size x spatial_merge_size"),
+    (dict(vision_config="none"), "vision_config cannot be 'none'"),
+    (dict(num_hidden_layers="28"), "num_hidden_layers cannot be '28'; download it again"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings cannot be 'no'"),
 ])
 def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -143,9 +130,9 @@ def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     """A directory with the seeded model, written by Hugging Face in two or more shards; and that model."""
-    pair = make_pair(tmp_path)
+    pair = make_pair()
     pair.hf.save_pretrained(tmp_path, max_shard_size="6MB")
-    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert (tmp_path / INDEX).exists()
     return tmp_path, pair
 
 
@@ -155,7 +142,7 @@ def merge(directory):
     for file in directory.glob("*.safetensors"):
         weights |= load_file(file)
         file.unlink()
-    (directory / "model.safetensors.index.json").unlink()
+    (directory / INDEX).unlink()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights
 
@@ -220,49 +207,24 @@ def test_tied_head_silently_untied(saved):
     assert same(tied, untied)
 
 
-def break_file(directory):
-    file = next(directory.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:5000])
-
-
 def leave_pickles(directory):
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     (directory / "pytorch_model.bin").touch()
 
 
-def leave_adapter(directory):
-    leave_pickles(directory)
-    (directory / "config.json").unlink()        # an adapter has none
-    (directory / "adapter_config.json").touch()
-
-
-def point_outside(directory):
-    index = directory / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace('"model-00001', '"../model-00001'))
-
-
 @pytest.mark.parametrize("damage, error, message", [
-    (break_file, ValueError, "not a whole safetensors file"),
+    (lambda d: os.truncate(next(d.glob("*.safetensors")), 5000), ValueError, "not a whole safetensors file"),
     (leave_pickles, ValueError, r"only pickled weights \(pytorch_model.bin\)"),
-    (leave_adapter, ValueError, "LoRA adapter"),
-    (point_outside, ValueError, "is not a file beside it"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b"}}'), ValueError, "not a file beside it"),
     (lambda d: next(d.glob("*-00002-*")).unlink(), OSError, "model-00002-of-.*safetensors are missing"),
     (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError,
      "neither model.safetensors nor an index"),
     (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
     (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
-    (lambda d: (d / "config.json").write_text(""), ValueError, "config.json: not valid JSON"),
     (lambda d: (d / "config.json").write_text("[]"), ValueError, "a JSON list and not an object"),
-    (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), ValueError,
-     "model.safetensors: not a whole safetensors file"),
-    (lambda d: (d / "model.safetensors").write_bytes(b""), ValueError, "not a whole safetensors file"),
-    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), ValueError,
-     "weight_map is not an object; download it again"),
-    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ValueError,
-     "no weight_map from tensors to files; download it again"),
-    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}'), OSError,
-     r"of its shards \.\. are missing"),
+    (lambda d: (d / INDEX).write_text("{}"), ValueError, "no weight_map; download it again"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": {"a": ".."}}'), OSError, r"shards \.\. are missing"),
 ])
 def test_damaged_checkpoint(saved, damage, error, message):
     damage(saved[0])
@@ -271,18 +233,17 @@ def test_damaged_checkpoint(saved, damage, error, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(dtype=torch.float16), "dtype torch.float16: use bfloat16 or float32; float16 overflows"),
     (dict(device="cuda:99"), "device cuda:99: not to be had here; use cpu"),
     (dict(attention="flash"), "attention flash: use sdpa or eager"),
 ])
-def test_float16_overflows_or_no_such_device(saved, settings, message):
+def test_no_such_device_or_attention(settings, message):
     with pytest.raises(ValueError, match=message):
-        load_model(saved[0], **settings)
+        load_model("tiny", **settings)
 
 
 def test_weights_copied_into_memory(tmp_path):
     """Loading maps the file: less than a tenth of its size becomes memory of the process's own."""
-    pair = make_pair(tmp_path, vocab_size=80_000)
+    pair = make_pair(vocab_size=80_000)
     pair.hf.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     before = anonymous_bytes()
@@ -298,8 +259,8 @@ def anonymous_bytes():
 
 # ---------------------------------------------------------------------------- names and settings
 
-def test_no_such_directory():
-    for name in ("no/such/dir", "./nowhere", "nothing", ""):
+def test_missing_checkpoint_loaded_as_no_settings():
+    for name in ("nothing", "./no/where", "/nowhere", ""):
         message = f"{name}: no such directory; give a checkpoint's directory or a hub id"
         with pytest.raises(OSError, match=message):
             checkpoint(name)
@@ -315,15 +276,11 @@ def test_pickles_downloaded_from_the_hub(tmp_path, monkeypatch):
     assert asked == dict(allow_patterns=["*.safetensors", "*.json"])
 
 
-def test_hub_id_without_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="Qwen/Nowhere: neither a directory here nor to be had from the hub"):
-        checkpoint("Qwen/Nowhere")
-
+def test_hub_failure_ends_in_a_traceback(monkeypatch):
     def dropped(*args, **settings):
         raise RuntimeError("Server disconnected without sending a response.")
     monkeypatch.setattr(load_weights, "snapshot_download", dropped)
-    with pytest.raises(OSError, match=r"check the name and the network \(Server disconnected"):
+    with pytest.raises(OSError, match=r"Qwen/Nowhere: neither a .* and the network \(Server disconnected"):
         checkpoint("Qwen/Nowhere")
 
 
@@ -333,8 +290,6 @@ def test_hub_id_without_network(tmp_path, monkeypatch):
           pad_token_id=6)),
     (dict(do_sample=True, top_p=0.8, eos_token_id=5, pad_token_id=6),
      dict(temperature=1.0, repetition_penalty=1.0, top_p=0.8, top_k=50, eos_token_id=5, pad_token_id=6)),
-    (dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6),
-     dict(temperature=0.7, repetition_penalty=1.0, top_p=0.8, top_k=20, eos_token_id=5, pad_token_id=6)),
     (dict(eos_token_id=5, temperature=0.7),
      dict(temperature=0.0, repetition_penalty=1.0, eos_token_id=5, pad_token_id=0)),
 ])
@@ -348,6 +303,6 @@ def test_generation_defaults_differ(saved, expected, tmp_path):
     (dict(eos_token_id=[1, "2"]), r"eos_token_id cannot be \[1, '2'\]; download it again"),
 ])
 def test_settings_that_are_no_numbers(tmp_path, change, message):
-    (tmp_path / "generation_config.json").write_text(json.dumps(dict(do_sample=True) | change))
+    write(tmp_path, dict(do_sample=True) | change, "generation_config.json")
     with pytest.raises(ValueError, match=message):
         load_generation_config(tmp_path)

@@ -1,12 +1,14 @@
 """The decoder and the whole model: parity, the cache, batches, and random mixes of everything."""
 
 import random
+from inspect import signature
 
 import pytest
 import torch
 from conftest import assert_close, hf_logits, make_pair, prompts
 
 import vision
+from generate import decode_step
 from model import KVCache, Qwen2_5_VL
 
 ROWS = {
@@ -20,22 +22,17 @@ MIXED_ROWS = [[4, (3, 10, 18, 0.5), 3, (18, 6), 8]]
 CHUNKS = (5, 3, 1, 1, 2)
 
 
-def positions(model, inputs):
-    keys = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    return model.positions(**{key: inputs[key] for key in keys if key in inputs})
+def given(method, inputs):
+    """A method of the model, with those of a processor's inputs that it takes."""
+    return method(**{name: inputs[name] for name in signature(method).parameters if name in inputs})
 
 
-def embed(model, inputs):
-    keys = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    return model.embed(**{key: inputs[key] for key in keys if key in inputs})
-
-
-def in_chunks(model, inputs, chunks=CHUNKS, padded=False):
-    """Logits of a prompt decoded into a cache, its last tokens in `chunks`, the rest before in one go."""
-    x, (position_ids, _) = embed(model, inputs), positions(model, inputs)
+def in_chunks(model, inputs, padded=False):
+    """Logits of a prompt decoded into a cache, its last tokens in CHUNKS, the rest before in one go."""
+    x, (position_ids, _) = given(model.embed, inputs), given(model.positions, inputs)
     B, T, _ = x.shape
     cache = KVCache(model.config, B, T + 3, x.device, x.dtype)
-    out, sizes = [], (T - sum(chunks), *chunks)
+    out, sizes = [], (T - sum(CHUNKS), *CHUNKS)
     for part, p in zip(x.split(sizes, dim=1), position_ids.split(sizes, dim=2)):
         mask = inputs["attention_mask"][:, :cache.length + part.shape[1]] if padded else None
         out.append(model.decode(part, p, mask, cache))
@@ -48,16 +45,13 @@ def test_attention_too_flat_to_show_a_bug(pairs, monkeypatch):
     """In every layer the median over queries and heads of largest weight x number of keys is 5 or more."""
     model, peaks = pairs("eager").ours, {}
 
-    def peak(layer):
-        def attend(q, k, v, mask):
-            weights = vision.attention_weights(q, k, mask)
-            peaks.setdefault(layer, []).append((weights.amax(-1) * k.shape[2]).flatten())
-            return vision.eager(q, k, v, mask)
-        return attend
-
     for name, module in model.named_modules():
         if hasattr(module, "attend"):
-            monkeypatch.setattr(module, "attend", peak(name))
+            def attend(q, k, v, mask, name=name):
+                weights = vision.attention_weights(q, k, mask)
+                peaks.setdefault(name, []).append((weights.amax(-1) * k.shape[2]).flatten())
+                return vision.eager(q, k, v, mask)
+            monkeypatch.setattr(module, "attend", attend)
     model(**prompts([[5, (24, 26), 7]]))
     assert len(peaks) == 8
     assert min(torch.cat(values).median() for values in peaks.values()) >= 5
@@ -76,7 +70,7 @@ def test_logits_differ(pair, rows):
 def test_video_logits_differ_at_our_positions(pair, rows):
     """Everything about video but the positions, in which transformers 5.23.0 errs (test_rope.py)."""
     inputs = prompts(rows)
-    theirs = hf_logits(pair.hf, inputs, positions(pair.ours, inputs)[0])
+    theirs = hf_logits(pair.hf, inputs, given(pair.ours.positions, inputs)[0])
     assert_close("logits of videos, at our positions", pair.ours(**inputs), theirs, inputs["attention_mask"])
 
 
@@ -97,16 +91,10 @@ def test_prefill_and_decode_disagree(pair, rows):
     assert_close("itself: chunked and cached = one pass", in_chunks(pair.ours, inputs), pair.ours(**inputs))
 
 
-def test_padded_prefill_and_decode_disagree(pair):
-    inputs = prompts(ROWS["padded batch"])
-    assert_close("itself: chunked and cached = one pass", in_chunks(pair.ours, inputs, padded=True),
-                 pair.ours(**inputs), inputs["attention_mask"])
-
-
 def test_slots_ahead_are_looked_at(pairs):
     """A mask as long as the cache, all ones: what lies ahead stays invisible."""
     model, inputs = pairs("sdpa").ours, prompts([[20]])
-    x, (p, _) = embed(model, inputs), positions(model, inputs)
+    x, (p, _) = given(model.embed, inputs), given(model.positions, inputs)
     cache = KVCache(model.config, 1, 32, "cpu", x.dtype)
     cache.k += 1
     cache.v += 1
@@ -118,7 +106,7 @@ def test_slots_ahead_are_looked_at(pairs):
 def test_mask_goes_by_position(pairs):
     """Every token sees those before it and no other, also inside a picture, where positions repeat."""
     model, inputs = pairs("sdpa").ours, prompts([[3, (8, 8), 2]])
-    x, (p, _) = embed(model, inputs), positions(model, inputs)
+    x, (p, _) = given(model.embed, inputs), given(model.positions, inputs)
     before = model.decode(x, p)
     for i in range(x.shape[1]):
         changed = x.clone()
@@ -137,38 +125,15 @@ def test_cache_grows_past_its_end(pairs):
     assert cache.length == 3
 
 
-def test_last_only_is_another_token(pairs):
-    model, inputs = pairs("sdpa").ours, prompts(ROWS["padded batch"])
-    x, (p, _) = embed(model, inputs), positions(model, inputs)
-    every = model.decode(x, p, inputs["attention_mask"])
-    last = model.decode(x, p, inputs["attention_mask"], last_only=True)
-    assert_close("itself: last logits = all logits", last, every[:, -1:])
-
-
 # ---------------------------------------------------------------------------- batches and pictures
 
 def test_batch_differs_from_single(pair):
     """Three rows, one text only: each equals itself alone; none has another's pixels or positions."""
     rows = ROWS["padded batch"]
     inputs = prompts(rows)
-    together, patches = pair.ours(**inputs), 0
-    for b, row in enumerate(rows):
-        keep = inputs["attention_mask"][b].bool()
-        alone = dict(input_ids=inputs["input_ids"][b:b + 1, keep])
-        if len(row) > 1:
-            h, w = row[1]
-            alone |= dict(pixel_values=inputs["pixel_values"][patches:patches + h * w],
-                          image_grid_thw=torch.tensor([[1, h, w]]))
-            patches += h * w
-        assert_close("itself: batch = single", together[b, keep], pair.ours(**alone)[0])
-
-
-def test_tower_runs_for_every_token(pairs, monkeypatch):
-    model, calls = pairs("sdpa").ours, []
-    handle = model.visual.register_forward_hook(lambda *args: calls.append(1))
-    in_chunks(model, prompts(ROWS["three pictures"]))
-    handle.remove()
-    assert len(calls) == 1
+    together = pair.ours(**inputs)
+    for b, mask in enumerate(inputs["attention_mask"].bool()):
+        assert_close("itself: batch = single", together[b, mask], pair.ours(**one_row(inputs, rows, b))[0])
 
 
 def test_placeholders_and_vision_tokens_differ_in_number(pairs):
@@ -185,11 +150,11 @@ def test_decode_step_waits_for_the_device(pairs):
     with torch.device("meta"):
         model = Qwen2_5_VL(config).requires_grad_(False)
         cache = KVCache(config, 2, 64, "meta", torch.float32)
-        token, position = torch.zeros(2, 1).long(), torch.zeros(3, 2, 1).long()
+        token, position = torch.zeros(2, 1).long(), torch.zeros(2, 1).long()
         mask = torch.ones(2, 64).long()
         for _ in range(2):
-            logits = model.decode(model.embed(token), position, mask, cache, last_only=True)
-    assert logits.shape == (2, 1, config.vocab_size) and cache.length == 2
+            logits = decode_step(model, token, position, mask, cache)
+    assert logits.shape == (2, config.vocab_size) and cache.length == 2
 
 
 def test_prefill_makes_a_mask(pairs):
@@ -199,7 +164,7 @@ def test_prefill_makes_a_mask(pairs):
     for T in (512, 2048):
         x, p = torch.zeros(1, T, 256), torch.arange(T).expand(3, 1, T)
         with torch.no_grad(), Largest(model) as largest:
-            model.decode(x, p, last_only=True)
+            assert model.decode(x, p, last_only=True).shape[1] == 1
         ratios.append(largest.elements / T)
     assert ratios[0] == ratios[1]
 
@@ -233,13 +198,13 @@ def random_case(seed):
     return changes, rows
 
 
-def test_random_mix_differs(mix_seed, tmp_path):
+def test_random_mix_differs(mix_seed):
     """More of them: pytest --seeds 1000. One again: tests/test_model.py::test_random_mix_differs[17]."""
     seed, (changes, rows) = mix_seed, random_case(mix_seed)
-    pair = make_pair(tmp_path, attention=["sdpa", "eager"][seed % 2], seed=seed, **changes)
+    pair = make_pair(attention=["sdpa", "eager"][seed % 2], seed=seed, **changes)
     inputs = prompts(rows, seed)
     mask, ours = inputs["attention_mask"], pair.ours(**inputs)
-    theirs = hf_logits(pair.hf, inputs, positions(pair.ours, inputs)[0])
+    theirs = hf_logits(pair.hf, inputs, given(pair.ours.positions, inputs)[0])
     chunked = in_chunks(pair.ours, inputs, padded=True)
     assert_close("logits of random mixes", ours, theirs, mask)
     assert_close("itself: chunked and cached = one pass", chunked, ours, mask)

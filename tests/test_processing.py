@@ -4,16 +4,13 @@
 import json
 import random
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal
+from conftest import FIRST_ADDED, NOT_SPECIAL, SPECIAL, assert_equal
 from PIL import Image, ImageOps
-from published import FIRST_ADDED, NOT_SPECIAL, SPECIAL
 from tokenizers import Tokenizer, models
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
@@ -47,12 +44,8 @@ def text(words):
 
 # ---------------------------------------------------------------------------- sizes and boxes
 
-@pytest.mark.parametrize("size, expected", [
-    ((561, 278), (560, 280)), ((1080, 1920), (728, 1316)), ((2, 2), (56, 56)), ((70, 70), (56, 56)),
-    ((10, 400), (28, 364)),
-])
-def test_sizes_rounded_half_up(size, expected):
-    assert smart_resize(*size, 28, 3136, 1003520) == expected
+def test_sizes_rounded_half_up():
+    assert smart_resize(70, 70, 28, 3136, 1003520) == (56, 56)
 
 
 def test_sizes_differ():
@@ -141,9 +134,7 @@ def test_patches_in_the_wrong_order():
 
 RED = Image.new("RGB", (84, 56), "red")
 CONVERSATIONS = [
-    [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [text("Hi")]}],
-    user(image(RED), text("Describe this image.")),
     user(text("\n\nFirst "), image(RED), text("\nthen  "), {"image_url": "x.png"},
          {"type": "video", "video": []}, text("?\n")),
     [{"role": "user", "content": [image(RED), text("What?")]}, {"role": "assistant", "content": "A red\n"},
@@ -159,13 +150,8 @@ def test_prompt_differs_from_the_published_template(published, processor, messag
     assert_equal("prompts", processor.prompt(messages, add_generation_prompt=ask), theirs)
 
 
-TEXTS = [
-    "Describe this image.", "\nHello", "  two  spaces \n\n and lines\n", "1234567890 3.14",
-    "don't WE'LL it's", "naïve café e\u0301 – “quotes”…",
-    "漢字かな交じり文、テスト。", "👩‍👩‍👧 🇩🇪 emoji",
-    "def f(x):\n\treturn x**2  # ok\r\n", "العربية עברית", "\x00\x07 control \u200b", "<|im_end",
-    "<tool_call>{}</tool_call>", "",
-]
+TEXTS = ["\nHello", "  two  spaces \n\n and lines\n", "naïve e\u0301 漢字 \u200d\U0001f467 العربية\r\n",
+         "<|im_end", " ".join(NOT_SPECIAL), ""]
 
 
 @pytest.mark.parametrize("words", TEXTS)
@@ -190,12 +176,6 @@ def test_typed_token_steers(processor, token):
     assert f"a {token} b" in processor.decode(typed)
 
 
-@pytest.mark.parametrize("token", NOT_SPECIAL)
-def test_typed_tool_call_is_cut_up(processor, token):
-    """These eight steer nothing and are one token, as in Hugging Face's tokenizer."""
-    assert processor.tokenizer.token_to_id(token) in processor(user(text(f"a {token}")))["input_ids"]
-
-
 def test_limits_of_one_picture_ignored(processor):
     item = image(picture(300, 300)) | {"min_pixels": 3136, "max_pixels": 10_000}
     assert processor(user(item))["image_grid_thw"].tolist() == [[1, 6, 6]]
@@ -217,21 +197,11 @@ def test_batch_padded_on_the_right(processor):
         assert torch.equal(alone["mm_token_type_ids"], (alone["input_ids"] == 151655).int())
 
 
-def test_decode_shows_control_tokens(processor):
-    ids = processor([{"role": "user", "content": "Hi 漢"}])["input_ids"][0]
-    assert processor.decode(ids) == "system\nYou are a helpful assistant.\nuser\nHi 漢\nassistant\n"
-
-
 # ---------------------------------------------------------------------------- videos
 
-def numbered(n, size=(112, 84)):
+def numbered(n):
     """Frames that differ."""
-    return [picture(*size, seed=i) for i in range(n)]
-
-
-def temporal(inputs, patches=48):
-    """(grids, 2, ...): the pixels of the first and the second frame of every temporal patch."""
-    return inputs["pixel_values_videos"].view(-1, patches, 3, 2, 196).transpose(1, 3).transpose(0, 1)
+    return [picture(112, 84, seed=i) for i in range(n)]
 
 
 def video(source, **more):
@@ -245,10 +215,10 @@ def test_frames_in_the_wrong_slice(processor):
     inputs = processor(video(frames, fps=4))
     assert inputs["video_grid_thw"].tolist() == [[3, 6, 8]] and inputs["second_per_grid_ts"].tolist() == [0.5]
     assert (inputs["mm_token_type_ids"] == 2).sum() == 36 == (inputs["input_ids"] == 151656).sum()
-    first, second = temporal(inputs)
+    pixels = inputs["pixel_values_videos"].view(3, 48, 3, 2, 196)       # time, patch, channel, frame, pixel
     for i, frame in enumerate([*frames, frames[-1]]):
-        still = processor(user(image(frame)))["pixel_values"].view(48, 3, 2, 196).transpose(0, 2)[0]
-        assert torch.equal((first, second)[i % 2][i // 2], still)
+        still = processor(user(image(frame)))["pixel_values"].view(48, 3, 2, 196)
+        assert torch.equal(pixels[i // 2, :, :, i % 2], still[:, :, 0])
 
 
 def test_folder_in_alphabetical_order(processor, tmp_path):
@@ -260,13 +230,12 @@ def test_folder_in_alphabetical_order(processor, tmp_path):
 
 
 @pytest.mark.parametrize("count, delay, fps, expected, seconds", [
-    (20, 100, None, 4, 2 * 2 / 4),          # 2 s at 2 a second
-    (30, 100, 4, 12, 2 * 3 / 12),
+    (30, 100, None, 6, 2 * 3 / 6),          # 3 s at 2 a second
     (30, 100, 3.5, 10, 2 * 3 / 10),         # 10.5, rounded down to even
     (7, 50, None, 4, 2 * 0.35 / 4),         # at least four
     (3, 50, None, 2, 2 * 0.15 / 2),         # or as many as there are
 ])
-def test_animation_sampled(processor, tmp_path, count, delay, fps, expected, seconds):
+def test_animation_sampled_at_another_rate(processor, tmp_path, count, delay, fps, expected, seconds):
     frames, path = numbered(count), tmp_path / "a.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=delay, lossless=True)
     inputs = processor(video(path, **({} if fps is None else {"fps": fps})))
@@ -276,31 +245,20 @@ def test_animation_sampled(processor, tmp_path, count, delay, fps, expected, sec
     assert torch.equal(inputs["pixel_values_videos"], processor(video(chosen, fps=1))["pixel_values_videos"])
 
 
-def test_video_pixels_unbounded(published, tmp_path):
+@pytest.mark.parametrize("n, item, limits", [
+    (2, {}, (100352, 768 * 784)),
+    (600, {}, (100352, 0.9 * 128000 * 784 * 2 / 600)),      # a share of the budget
+    (4000, {}, (100352, int(1.05 * 100352))),               # and never less than this
+    (2, dict(min_pixels=3136, max_pixels=50176), (3136, 50176)),
+])
+def test_video_pixels_unbounded(processor, n, item, limits):
     """A frame's limits: the item's, else the checkpoint's, else what is left of the video's budget."""
-    def grid(processor, n, **item):
-        frames = [Image.new("RGB", (1920, 1080))] * n
-        inputs = processor(user({"type": "video", "video": frames, "fps": 2} | item))
-        return inputs["video_grid_thw"][0].tolist()
-
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((published[0] / name).read_bytes())
-    plain = load_processor(tmp_path)
-    assert grid(plain, 2) == [1, *(s // 14 for s in smart_resize(1080, 1920, 28, 100352, 768 * 784))]
-    assert grid(plain, 2, max_pixels=50176, min_pixels=3136) == [
-        1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 50176))]
-    share = int(0.9 * 128000 * 784 * 2 / 20)
-    plain_high = max(min(768 * 784, share), int(1.05 * 100352))
-    assert grid(plain, 20) == [10, *(s // 14 for s in smart_resize(1080, 1920, 28, 100352, plain_high))]
-    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(
-        dict(size=dict(shortest_edge=3136, longest_edge=100_000))))
-    assert grid(load_processor(tmp_path), 2) == [
-        1, *(s // 14 for s in smart_resize(1080, 1920, 28, 3136, 100_000))]
+    assert processor.open("video", dict(video=[RED] * n, fps=2) | item)[1] == limits
 
 
 # ---------------------------------------------------------------------------- settings and mistakes
 
-def test_settings_of_transformers_5(published, tmp_path):
+def test_settings_of_transformers_5_ignored(published, tmp_path):
     """processor_config.json with an image_processor block, and sizes by edges."""
     (tmp_path / "tokenizer.json").write_bytes((published[0] / "tokenizer.json").read_bytes())
     sizes = lambda most: dict(size=dict(shortest_edge=784, longest_edge=most))
@@ -309,50 +267,27 @@ def test_settings_of_transformers_5(published, tmp_path):
         image_processor=sizes(7840) | dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, merge_size=2))))
     processor = load_processor(tmp_path)
     assert (processor.min_pixels, processor.max_pixels) == (784, 7840)
-    assert processor.video_pixels == (784, 15680)
+    assert processor.open("video", dict(video=[RED], fps=2))[1] == (784, 15680)
+    assert load_processor("tiny").open("video", dict(video=[RED], fps=2))[1] == (12544, 50176)
     white = user(image(Image.new("RGB", (56, 56), "white")))
     assert processor(white)["pixel_values"].unique().tolist() == [1.0]
 
 
-def damaged(tmp_path):
-    """Files that are not pictures, by name."""
-    picture(200, 200).save(tmp_path / "good.png")
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:3000])
-    picture(200, 200).save(tmp_path / "good.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:1500])
-    (tmp_path / "words.jpg").write_text("not a picture")
-    (tmp_path / "clip.m4v").write_bytes(b"\0" * 100)
-    Image.new("F", (60, 60)).save(tmp_path / "float.tiff")
-    (tmp_path / "clip.mp4").write_bytes(b"\0" * 100)
-    (tmp_path / "folder").mkdir()
-    Image.new("L", (3000, 2)).save(tmp_path / "long.png")
-    Image.fromarray(np.zeros((60, 60), np.uint16)).save(tmp_path / "deep.png")
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    good = (tmp_path / "good.png").read_bytes()
-    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (tmp_path / "bomb.png").write_bytes(good[:16] + header + checksum + good[33:])
-    return tmp_path
-
-
 @pytest.mark.parametrize("name, message", [
-    ("missing.png", "no such file; check the path"),
-    ("empty.png", "not a picture that Pillow can read"),
-    ("cut.png", "broken picture"),
-    ("cut.jpg", "cut.jpg: broken picture"),
-    ("words.jpg", "not a picture that Pillow can read"),
-    ("clip.m4v", "ffmpeg -i .*clip.m4v"),
-    ("float.tiff", "convert it to 8 bits"),
-    ("x" * 300, "x: no such file; check the path"),
-    ("clip.mp4", "ffmpeg -i .*clip.mp4"),
-    ("folder", "a directory, not a picture"),
-    ("long.png", "3000x2 pixels is longer than 200:1"),
-    ("deep.png", "convert it to 8 bits"),
-    ("bomb.png", "decompression bomb"),
+    ("x" * 300, "x: no such file; check the path"), ("clip.mp4", "ffmpeg -i .*clip.mp4"),
+    ("folder", r"folder: Pillow cannot read it \(.*Is a directory"),
+    ("bomb.png", r"bomb.png: Pillow cannot read it \(.*decompression bomb"),
+    ("float.tiff", "convert it to 8 bits"), ("deep.png", "convert it to 8 bits"),
 ])
-def test_file_is_not_a_picture(processor, tmp_path, name, message):
+def test_file_that_is_no_picture_ends_in_a_traceback(processor, tmp_path, monkeypatch, name, message):
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
+    Image.new("F", (60, 60)).save(tmp_path / "float.tiff")
+    Image.new("I;16", (60, 60)).save(tmp_path / "deep.png")
     with pytest.raises((ValueError, OSError), match=message):
-        processor(user(image(damaged(tmp_path) / name)))
+        processor(user(image(tmp_path / name)))
 
 
 def test_cut_animation_ends_in_a_traceback(processor, tmp_path):
@@ -365,59 +300,43 @@ def test_cut_animation_ends_in_a_traceback(processor, tmp_path):
         try:
             processor(video(path))
         except ValueError as error:
-            messages.add(str(error).removeprefix(f"{path}: ")[:14])
-    assert {"not a picture ", "broken picture"} <= messages <= {
-        "not a picture ", "broken picture", "not an animati"}
+            messages.add(str(error).removeprefix(f"{path}: ")[:20])
+    assert messages <= {"Pillow cannot read i", "not an animation wit"}
 
 
 @pytest.mark.parametrize("messages, message", [
     ([], "a conversation is a list of messages"),
     ({"role": "user", "content": "x"}, "a conversation is a list of messages"),
-    ("hello", "a conversation is a list of messages"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
     ([{"role": "user"}], "content is a string or a list, not NoneType"),
     (user("bare string"), "cannot use 'bare string' as content"),
-    (user({"type": "audio", "audio": "x.wav"}), "cannot use .*audio"),
     (user({"type": "text"}), "cannot use"),
-    (user(image("https://example.org/a.png")), "URLs are not fetched; download it first"),
     (user(image("data:image/png;base64,AAAA")), "URLs are not fetched"),
     (user(image(3)), "a path or a PIL image, not int"),
-    (user({"type": "video", "video": []}), "a video without frames"),
-    (user({"type": "video", "video": [RED]}), "give fps"),
     (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be above 0"),
     (user({"type": "video", "video": [RED], "fps": float("inf")}), "fps inf: must be above 0"),
-    (user(image("HTTPS://example.org/a.png")), "URLs are not fetched"),
+    (user(image("HTTPS://example.org/a.png")), "URLs are not fetched; download it first and give its path"),
     (user(image(Image.new("RGB", (0, 0)))), "longer than 200:1"),
     (user(image(RED) | {"max_pixels": -1}), "max_pixels -1: must be above 0"),
-    (user({"type": "video", "video": [RED, None], "fps": 2}), "a path or a PIL image, not NoneType"),
     (user({"type": "text", "text": "\ud800"}), "half of a surrogate pair"),
-    ([[], user(text("x"))], "a conversation is a list of messages"),
-    (user(None), "cannot use 'None' as content"),
-    (user({"type": "video", "video": "https://example.org/a.mp4"}), "download it first"),
 ])
-def test_malformed_conversation(processor, messages, message):
+def test_malformed_conversation_answered(processor, messages, message):
     with pytest.raises(ValueError, match=message):
         processor(messages)
 
 
-def test_video_that_is_none(processor, tmp_path):
+def test_no_video_ends_in_a_traceback(processor, tmp_path):
     with pytest.raises(ValueError, match="a video without frames"):
         processor(video(tmp_path, fps=2))
-    RED.save(tmp_path / "still.png")
+    RED.save(tmp_path / "1.png")
     with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
-        processor(video(tmp_path / "still.png"))
-    frames = [Image.new("RGB", (56, 56), (i, 0, 0)) for i in (0, 90)]
-    frames[0].save(tmp_path / "no delays.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
-        processor(video(tmp_path / "no delays.gif"))
-    (tmp_path / "still.png").rename(tmp_path / "1.png")
-    (tmp_path / "no delays.gif").unlink()
+        processor(video(tmp_path / "1.png"))
     (tmp_path / "2.png").write_text("words")
-    with pytest.raises(ValueError, match="2.png: not a picture that Pillow can read"):
+    with pytest.raises(ValueError, match="2.png: Pillow cannot read it"):
         processor(video(tmp_path, fps=2))
 
 
-def test_damaged_processor_files(published, tmp_path):
+def test_damaged_processor_files_end_in_a_traceback(published, tmp_path):
     with pytest.raises(OSError, match="preprocessor_config.json: no such file"):
         load_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
@@ -426,19 +345,12 @@ def test_damaged_processor_files(published, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
         load_processor(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
-        load_processor(tmp_path)
-    for limits in (dict(max_pixels=0), dict(min_pixels=-1), dict(max_pixels="9")):
-        with pytest.raises(ValueError, match="must be a whole number above 0"):
-            load_processor(published[0], **limits)
-    with pytest.raises(ValueError, match="max_pixels 100: must be at least min_pixels, 3136"):
-        load_processor(published[0], max_pixels=100)
+    with pytest.raises(ValueError, match="max_pixels 9: must be above 0 and at least min_pixels, -1"):
+        load_processor(published[0], min_pixels=-1, max_pixels=9)
     for name, content, message in (
-        ("preprocessor_config.json", '{"patch_size": "14"}', "patch_size '14': must be a whole number"),
-        ("preprocessor_config.json", '{"size": 5}', "size is not an object; download it again"),
-        ("processor_config.json", '{"image_processor": "x"}', "image_processor is not an object"),
-        ("video_preprocessor_config.json", '{"size": {"shortest_edge": 5}}', "size None: must be a whole"),
+        ("preprocessor_config.json", '{"patch_size": "14"}', "patch_size cannot be '14'; download it again"),
+        ("preprocessor_config.json", '{"image_mean": [0.5, "x"]}', "image_mean cannot be .*x"),
+        ("preprocessor_config.json", '{"size": 5}', "size cannot be 5"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "no <.endoftext.> in it; is it Qwen2.5-VL's?"),
     ):
         copy = Path(shutil.copytree(published[0], tmp_path / message[:9]))

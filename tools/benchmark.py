@@ -32,8 +32,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
-from load_weights import PUBLISHED_PREFIX, load_config, load_model
+from load_weights import load_config, load_model, published_name
 from model import Config, KVCache, Qwen2_5_VL
+from vision import Attend, sdpa
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS, TOLERANCE, BFLOAT16_FACTOR = 10, 1e-5, 1.5
@@ -112,18 +113,15 @@ def make_pair(
     return hf, ours_of(hf)
 
 
-def ours_of(hf: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VL:
+def ours_of(hf: Qwen2_5_VLForConditionalGeneration, attend: Attend = sdpa) -> Qwen2_5_VL:
+    """Our model of the same config, with the very tensors of Hugging Face's."""
     with tempfile.TemporaryDirectory() as directory, torch.device("meta"):
         hf.config.save_pretrained(directory)
-        ours = Qwen2_5_VL(load_config(directory))
-    state = hf.state_dict()
-    for live, published in PUBLISHED_PREFIX.items():
-        state = {published + name.removeprefix(live) if name.startswith(live) else name: p
-                 for name, p in state.items()}
+        ours = Qwen2_5_VL(load_config(directory), attend)
+    state = {published_name(name): p for name, p in hf.state_dict().items()}
     if ours.config.tie_word_embeddings:
         state.pop("lm_head.weight")
     ours.load_state_dict(state, strict=True, assign=True)
-    hf.generation_config.eos_token_id = None
     return ours.eval().requires_grad_(False)
 
 
@@ -151,7 +149,8 @@ def ours_tokens(model: Qwen2_5_VL, inputs: dict, count: int, graph: bool | None 
 def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: int, **settings) -> list[int]:
     model.model.rope_deltas = None
     inputs = {name: x.to(model.device) for name, x in inputs.items()}      # it wants the grids there, too
-    out = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **settings)
+    out = model.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
+                         **settings)
     return out[0, inputs["input_ids"].shape[1]:].tolist()
 
 
@@ -187,27 +186,25 @@ def disagreement_of(hf, ours, device: str, dtype: torch.dtype) -> str:
 # ---------------------------------------------------------------------------- timing
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
-def per_token(tokens: Callable[[int], object], count: int, device: str) -> float:
-    """Seconds per token after the first: an answer of count + 1 tokens less one of a single token."""
-    return (seconds(lambda: tokens(count + 1), device) - seconds(lambda: tokens(1), device)) / count
-
-
-def alternate(row: Row, ours: Callable[[], float], hf: Callable[[], float], device: str) -> Row:
-    """Fill a row from two timed runs; on CUDA HF runs with and without cuDNN attention, the better counts."""
+def compare(
+    size: str, what: str, ours: Callable[[], object], hf: Callable[[], object], device: str,
+    clock: Callable[[Callable, str], float] = seconds,
+) -> Row:
+    """Both timed in turns; on CUDA HF runs with and without cuDNN attention, and the better time counts."""
+    row = Row(size, what)
     for pair in range(-1, PAIRS):       # the first is not counted
-        mine, theirs = ours(), []
+        mine, theirs = clock(ours, device), []
         for cudnn in (False, True) if device == "cuda" else (False,):
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            theirs.append(hf())
+            theirs.append(clock(hf, device))
         torch.backends.cuda.enable_cudnn_sdp(False)
         if pair >= 0:
             row.ours.append(mine)
@@ -240,50 +237,43 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
     if reason:
         raise ValueError(f"{size}: {reason}; no ratio for what does not agree")
 
-    cuda, threads = device == "cuda", torch.get_num_threads()
+    cuda, threads, rows = device == "cuda", torch.get_num_threads(), []
     if size == "host":      # where the host is the limit and not the arithmetic
         torch.set_num_threads(1)
-
-    def compare(what: str, mine: Callable[[], object], theirs: Callable[[], object]) -> Row:
-        return alternate(Row(size, what), lambda: seconds(mine, device),
-                         lambda: seconds(theirs, device), device)
-
-    def compare_decoding(what: str, count: int, **settings) -> Row:
-        mine = lambda n: ours_tokens(ours, inputs, n)
-        theirs = lambda n: hf_tokens(hf, inputs, n, **settings)
-        return alternate(Row(size, what), lambda: per_token(mine, count, device),
-                         lambda: per_token(theirs, count, device), device)
-
-    rows = []
     if size not in ("3B", "7B", "32B"):
         with tempfile.TemporaryDirectory() as directory:
             hf.save_pretrained(directory)
-            theirs = lambda: Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                directory, dtype="auto").to(device)
-            rows.append(compare("loading, file in memory", lambda: load_model(directory, device), theirs))
+            rows.append(compare(
+                size, "loading, file in memory", lambda: load_model(directory, device),
+                lambda: type(hf).from_pretrained(directory, dtype="auto").to(device), device))
     for side in (896, 1792) if cuda else (224, 448):
         pixels, grid = picture(side, dtype, device)
-        rows.append(compare(f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
-                            lambda: hf.model.visual(pixels, grid_thw=grid.to(device))))
+        rows.append(compare(
+            size, f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
+            lambda: hf.model.visual(pixels, grid_thw=grid.to(device)), device))
     inputs = prompt(ours.config, 896 if cuda else 224, 64, dtype, device)
-    rows.append(compare(f"first token of {inputs['input_ids'].shape[1]}",
-                        lambda: ours_tokens(ours, inputs, 1), lambda: hf_tokens(hf, inputs, 1)))
+    mine, plain, theirs, static = (
+        lambda n: ours_tokens(ours, inputs, n), lambda n: ours_tokens(ours, inputs, n, graph=False),
+        lambda n: hf_tokens(hf, inputs, n), lambda n: hf_tokens(hf, inputs, n, cache_implementation="static"))
+    rows.append(compare(
+        size, f"first token of {inputs['input_ids'].shape[1]}", lambda: mine(1), lambda: theirs(1), device))
+
     count = 64 if cuda else 8 if size == "layer" else 32
-    decode = compare_decoding("decode, per token", count)
-    share = bytes_per_token(ours) / bandwidth / median(decode.ours)
-    decode.remark = f"{100 * share:.0f} % of copy bandwidth"
+    per_token = lambda tokens, device: (        # an answer of count + 1 tokens less one of a single token
+        seconds(lambda: tokens(count + 1), device) - seconds(lambda: tokens(1), device)) / count
+    decode = compare(size, "decode, per token", mine, theirs, device, per_token)
+    decode.remark = f"{100 * bytes_per_token(ours) / bandwidth / median(decode.ours):.0f} % of copy bandwidth"
     rows.append(decode)
     if cuda:
-        plain = lambda n: ours_tokens(ours, inputs, n, graph=False)
-        if ours_tokens(ours, inputs, count) != plain(count):
+        if mine(count) != plain(count):
             raise ValueError(f"{size}: the graph and the plain loop give other tokens")
-        slower = median(per_token(plain, count, device) for _ in range(PAIRS))
+        slower = median(per_token(plain, device) for _ in range(PAIRS))
         decode.remark += f"; without graph {1e3 * slower:.3g} ms"
-        for name, tokens, model in (("ours", ours_tokens, ours), ("HF", hf_tokens, hf)):
+        for name, tokens in (("ours", mine), ("HF", theirs)):
             torch.cuda.reset_peak_memory_stats()
-            tokens(model, inputs, 8)
+            tokens(8)
             decode.remark += f"; {name} {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        rows.append(compare_decoding("decode, HF static and compiled", count, cache_implementation="static"))
+        rows.append(compare(size, "decode, HF static and compiled", mine, static, device, per_token))
     torch.set_num_threads(threads)
     return rows
 
@@ -292,27 +282,13 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
 
 def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
     """Cost against picture size and against context, for the widths of the 3B: ours, HF, and the limit."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
     hf, ours = make_pair(SIZES["layer"], device, dtype)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), facecolor="white")
-    sides, times = (112, 224, 336, 448, 560, 672), []
+    sides, contexts, times, steps = (112, 224, 336, 448, 560, 672), (256, 1024, 2048, 4096), [], []
     for side in sides:
         pixels, grid = picture(side, dtype, device)
-        our_tower = lambda: ours.visual(pixels, grid)
-        their_tower = lambda: hf.model.visual(pixels, grid_thw=grid.to(device))
-        row = alternate(Row("", ""), lambda: seconds(our_tower, device),
-                        lambda: seconds(their_tower, device), device)
-        times.append((median(row.ours), median(row.hf)))
-    matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
-    flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    tower = ours.visual         # the merger works on four patches at a time
-    weights = count(tower.patch_embed) + count(tower.blocks) + count(tower.merger) / 4
-    limits = [2 * weights * (side // 14) ** 2 / flops for side in sides]
-    contexts, steps = (256, 1024, 2048, 4096), []
+        times.append(compare("", "", lambda: ours.visual(pixels, grid),
+                             lambda: hf.model.visual(pixels, grid_thw=grid.to(device)), device))
     for context in contexts:
         x = torch.zeros(1, 1, 2048, dtype=dtype, device=device)
         position = torch.full((3, 1, 1), context, device=device)
@@ -321,20 +297,28 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         past = transformers.DynamicCache(config=hf.config.text_config)
         filled = torch.zeros(1, 2, context, 128, dtype=dtype, device=device)
         past.update(filled, filled, 0)
-        our_step = lambda: ours.decode(x, position, None, cache)
-        their_step = lambda: hf.lm_head(hf.model.language_model(
+        theirs = lambda: hf.lm_head(hf.model.language_model(
             inputs_embeds=x, position_ids=position, past_key_values=past).last_hidden_state)
-        row = alternate(Row("", ""), lambda: seconds(our_step, device),
-                        lambda: seconds(their_step, device), device)
-        steps.append((median(row.ours), median(row.hf)))
+        steps.append(compare("", "", lambda: ours.decode(x, position, None, cache), theirs, device))
+
+    matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
+    flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    tower = ours.visual         # the merger works on four patches at a time
+    weights = count(tower.patch_embed) + count(tower.blocks) + count(tower.merger) / 4
+    limits = [2 * weights * (side // 14) ** 2 / flops for side in sides]
     reads = [(bytes_per_token(ours) + 2 * 2 * 128 * context * x.itemsize) / bandwidth for context in contexts]
-    for axis, at, values, limit, label, title in (
-        (left, sides, times, limits, "side of the picture, pixels", "What does a larger picture cost?"),
-        (right, contexts, steps, reads, "tokens in the cache", "What does a longer context cost?"),
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), facecolor="white")
+    for axis, at, rows, limit, label, title in (
+        (axes[0], sides, times, limits, "side of the picture, pixels", "What does a larger picture cost?"),
+        (axes[1], contexts, steps, reads, "tokens in the cache", "What does a longer context cost?"),
     ):
-        axis.plot(at, [1e3 * hf for _, hf in values], "s--", color="#D55E00", label="Hugging Face")
-        axis.plot(at, [1e3 * ours for ours, _ in values], "o-", color="#0072B2", label="this implementation")
-        axis.plot(at, [1e3 * value for value in limit], ":", color="black", label="limit of this machine")
+        for values, style, color, name in (
+            ([median(row.hf) for row in rows], "s--", "#D55E00", "Hugging Face"),
+            ([median(row.ours) for row in rows], "o-", "#0072B2", "this implementation"),
+            (limit, ":", "black", "limit of this machine"),
+        ):
+            axis.plot(at, [1e3 * value for value in values], style, color=color, label=name)
         axis.margins(y=0.1)
         axis.set(xlabel=label, ylabel="milliseconds", title=title)
         axis.set_ylim(bottom=0)

@@ -16,6 +16,7 @@ Another engine's dump counts too, also as .npz, if it uses these names, which ar
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,74 +27,79 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
-from load_weights import PUBLISHED_PREFIX, checkpoint, load_model
-from processing import load_processor, open_image
+from load_weights import checkpoint, load_model, published_name
+from processing import IMAGE_PAD, load_processor, open_image
 from vision import window_order
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("pixel_values", "image_grid_thw", "input_ids", "position_ids", "visual.patch_embed", "visual.blocks",
          "visual.merger", "model.layers", "model.norm", "logits", "tokens")
+EXACT = (*NAMES[:4], "tokens")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}     # of the largest value of a row
 NEW_TOKENS = 32
 
 
 def stage(name: str) -> tuple[int, int]:
     """Where a name stands in the run."""
-    base, _, number = re.fullmatch(r"(.*?)(\.(\d+))?", name).groups()
+    base, number = re.fullmatch(r"(.*?)(?:\.(\d+))?", name).groups()
     return NAMES.index(base) if base in NAMES else len(NAMES), int(number or 0)
 
 
-def record(model: nn.Module, order: Tensor, run) -> dict[str, Tensor]:
-    """What every named module returns while `run` runs; window order undone, names as published."""
-    trace, hooks = {}, []
-    for live, module in model.named_modules():
-        prefix = next((prefix for prefix in PUBLISHED_PREFIX if live.startswith(prefix)), "")
-        name = PUBLISHED_PREFIX.get(prefix, "") + live.removeprefix(prefix)
-        if stage(name)[0] < len(NAMES):
-            def keep(module, args, out, name=name):
-                if name.startswith(("visual.blocks", "visual.merger")):
-                    out = out.unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1)
-                trace[name] = out
-            hooks.append(module.register_forward_hook(keep))
+def record(
+    model: nn.Module, inputs: dict, position_ids: Tensor, order: Tensor, run: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """What the model is given and what every named module returns while `run` runs, window order undone."""
+    trace = {name: inputs[name] for name in NAMES[:3]} | dict(position_ids=position_ids)
+    hooks = [
+        module.register_forward_hook(lambda module, args, out, name=name: trace.update({name: out}))
+        for live, module in model.named_modules() if stage(name := published_name(live))[0] < len(NAMES)]
     trace["logits"] = run()
     for hook in hooks:
         hook.remove()
+    for name in trace:
+        if name.startswith(("visual.blocks", "visual.merger")):
+            trace[name] = trace[name].unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1)
     return trace
 
 
-def trace_ours(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict[str, Tensor]:
+def trace_ours(path: Path, messages: list[dict], dtype: torch.dtype) -> dict[str, Tensor]:
     model, inputs = load_model(path, dtype=dtype), load_processor(path)(messages)
-    config = model.config.vision
+    config, grid = model.config.vision, inputs["image_grid_thw"]
     group = config.patch_size * config.spatial_merge_size
-    order, _ = window_order(inputs["image_grid_thw"], config.spatial_merge_size, config.window_size // group)
-    given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
-    positions, _ = model.positions(inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"])
-    trace = given | {"position_ids": positions} | record(model, order, lambda: model(**inputs))
-    return trace | {"tokens": torch.cat(list(generate(model, inputs, NEW_TOKENS)))}
+    order, _ = window_order(grid, config.spatial_merge_size, config.window_size // group)
+    positions, _ = model.positions(inputs["input_ids"], image_grid_thw=grid)
+    trace = record(model, inputs, positions, order, lambda: model(**inputs))
+    return trace | dict(tokens=torch.cat(list(generate(model, inputs, NEW_TOKENS))))
 
 
-def trace_hf(path: Path, messages: list[dict], dtype: str | torch.dtype) -> dict[str, Tensor]:
-    """The same from Hugging Face's model, picture processor, tokenizer and template."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+def hf_inputs(path: Path, messages: list[dict]) -> dict[str, Tensor]:
+    """What Hugging Face's picture processor, template and tokenizer make of a question about pictures."""
+    from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    tokenizer, processor = AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+    pictures = [item["image"] for item in messages[0]["content"] if "image" in item]
+    inputs = dict(processor(pictures, return_tensors="pt"))
+    counts = iter((inputs["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist())
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = re.sub(re.escape(IMAGE_PAD), lambda pad: pad[0] * next(counts), prompt)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    types = (ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int()
+    return inputs | dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
+
+
+def trace_hf(path: Path, messages: list[dict], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same from Hugging Face's model, with its own inputs."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.vision_utils import get_vision_window_index
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
-    tokenizer, config = AutoTokenizer.from_pretrained(path), model.config.vision_config
-    picture = messages[0]["content"][0]["image"]
-    inputs = dict(Qwen2VLImageProcessorPil.from_pretrained(path)(picture, return_tensors="pt"))
-    grid, merge = inputs["image_grid_thw"], config.spatial_merge_size
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // merge**2))
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    types = (ids == model.config.image_token_id).int()
-    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
-    order, _ = get_vision_window_index(grid, merge, config.window_size, config.patch_size)
-    positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=grid)
-    trace = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
-    trace["position_ids"] = positions
-    trace |= record(model, order, lambda: model(**inputs, use_cache=False).logits)
-    greedy = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)
-    return trace | {"tokens": model.generate(**inputs, max_new_tokens=NEW_TOKENS, **greedy)[0, ids.shape[1]:]}
+    inputs, config = hf_inputs(path, messages), model.config.vision_config
+    ids, grid = inputs["input_ids"], inputs["image_grid_thw"]
+    order, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+    positions, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grid)
+    trace = record(model, inputs, positions, order, lambda: model(**inputs, use_cache=False).logits)
+    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.0,
+                            eos_token_id=None, pad_token_id=0)
+    return trace | dict(tokens=tokens[0, ids.shape[1]:])
 
 
 def load(path: str) -> dict[str, Tensor]:
@@ -109,15 +115,15 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[list[str], str 
         if name not in a or name not in b:
             lines.append(f"{name:24} only in the {'first' if name in a else 'second'}")
             continue
-        x, y = a[name].double(), b[name].double()
-        largest = (x - y).abs().max().item() if x.shape == y.shape else float("inf")
-        relative = largest / max(y.abs().max().item(), 1e-30)
-        exact = not (a[name].is_floating_point() and b[name].is_floating_point()) or name == "pixel_values"
-        tolerance = 0.0 if exact else max(TOLERANCE.get(x.dtype, 1e-5) for x in (a[name], b[name]))
+        x, y = a[name], b[name]
+        same = x.shape == y.shape
+        largest = (x.double() - y.double()).abs().max().item() if same else float("inf")
+        relative = largest / max(y.double().abs().max().item(), 1e-30)
+        tolerance = 0.0 if name in EXACT else max(TOLERANCE.get(z.dtype, 1e-5) for z in (x, y))
         leaves = not relative <= tolerance
-        shapes = "" if x.shape == y.shape else f"  shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        lines.append(f"{name:24} {largest:10.2e} {relative:10.2e}{'  <-- leaves' if leaves else ''}{shapes}")
-        first = name if leaves and first is None else first
+        remark = "  <-- leaves" * leaves + ("" if same else f"  shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        lines.append(f"{name:24} {largest:10.2e} {relative:10.2e}{remark}")
+        first = first or (name if leaves else None)
     return lines, first
 
 

@@ -21,13 +21,15 @@ nothing to read in the picture, so the tower gets no useful gradient. What helps
 6. One picture size per batch. The tower takes its pictures as the frames of one video: frames never meet.
 7. Weights in bfloat16, as they will be used, with float32 masters; Muon for matrices, AdamW for the rest.
 
-Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %.
+Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %. Config and tokenizer
+are those of tiny/.
 """
 
 import itertools
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -36,13 +38,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,120 +53,20 @@ import scenes
 from boxes import read_boxes
 from scenes import COLORS, DIRECTIONS, KINDS, SHAPES, SIDES, Question, Scene
 
-import processing
 import vision
 from generate import generate
 from load_weights import load_config, load_generation_config, load_model
 from model import Config, Qwen2_5_VL
-from processing import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, Box, Processor, load_processor
+from processing import IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, Box, Processor, load_processor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+TINY = Path(__file__).resolve().parent.parent / "tiny"
 CELL = 28                               # pixels a side of a merge group
-
-# ---------------------------------------------------------------------------- the empty checkpoint
-
-SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
-           "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-           "<|image_pad|> <|video_pad|>").split()
-NOT_SPECIAL = ("<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
-               "<|repo_name|> <|file_sep|>").split()
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
-TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
-    "<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE over everything that is ever said here, with Qwen's pattern and added tokens."""
-    rng = random.Random(0)
-    corpus = [f"system\n{processing.DEFAULT_SYSTEM}", "user\n", "assistant\n"] * 50
-    for shape in SHAPES:
-        corpus += [f"Which way does the {shape} move?", " ".join(DIRECTIONS),
-                   "Which image has more objects?", "the first the second neither"] * 10
-    for _ in range(400):
-        for question in scenes.shape_questions(scenes.shapes_scene(rng, 224, 224)):
-            corpus += [question.text, question.expected]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in NOT_SPECIAL])
-    return tokenizer
-
-
-def make_checkpoint(path: Path) -> None:
-    """Every file of a checkpoint but the weights."""
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    tokenizer.save(str(path / "tokenizer.json"))
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL + NOT_SPECIAL}
-    config = dict(
-        architectures=["Qwen2_5_VLForConditionalGeneration"], attention_dropout=0.0,
-        bos_token_id=ids["<|endoftext|>"], eos_token_id=ids[IM_END],
-        vision_start_token_id=ids[processing.VISION_START], vision_end_token_id=ids[processing.VISION_END],
-        vision_token_id=ids["<|vision_pad|>"], image_token_id=ids[IMAGE_PAD], video_token_id=ids[VIDEO_PAD],
-        hidden_act="silu", hidden_size=192, initializer_range=0.02, intermediate_size=384,
-        max_position_embeddings=32768, max_window_layers=5, model_type="qwen2_5_vl", num_attention_heads=6,
-        num_hidden_layers=5, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=100.0, sliding_window=32768,
-        tie_word_embeddings=True, torch_dtype="bfloat16", use_cache=True, use_sliding_window=False,
-        vision_config=dict(
-            depth=4, hidden_act="silu", hidden_size=128, intermediate_size=288, num_heads=4, in_chans=3,
-            out_hidden_size=192, patch_size=14, spatial_merge_size=2, spatial_patch_size=14, window_size=112,
-            fullatt_block_indexes=[1, 3], tokens_per_second=2, temporal_patch_size=2),
-        rope_scaling=dict(type="mrope", mrope_section=[2, 5, 9]),
-        vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
-    )
-    pixels = dict(
-        min_pixels=min(SIDES)**2, max_pixels=max(SIDES)**2, patch_size=14, temporal_patch_size=2,
-        merge_size=2, image_mean=processing.IMAGE_MEAN, image_std=processing.IMAGE_STD,
-        image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
-    frames = {key: value for key, value in pixels.items() if not key.endswith("_pixels")} | dict(
-        size=dict(shortest_edge=min(SIDES)**2, longest_edge=max(SIDES)**2),
-        video_processor_type="Qwen2VLVideoProcessor")
-    generation = dict(bos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False,
-                      eos_token_id=[ids[IM_END], ids["<|endoftext|>"]], repetition_penalty=1.0)
-    added = {str(n): dict(content=token, lstrip=False, normalized=False, rstrip=False, single_word=False,
-                          special=token in SPECIAL) for token, n in ids.items()}
-    tokens = dict(
-        add_prefix_space=False, added_tokens_decoder=added, additional_special_tokens=SPECIAL[1:],
-        bos_token=None, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, eos_token=IM_END,
-        errors="replace", model_max_length=32768, pad_token="<|endoftext|>", split_special_tokens=False,
-        tokenizer_class="Qwen2Tokenizer", unk_token=None)
-    files = dict(config=config, preprocessor_config=pixels, video_preprocessor_config=frames,
-                 generation_config=generation, tokenizer_config=tokens)
-    for name, content in files.items():
-        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-
 
 # ---------------------------------------------------------------------------- batches
 
 START = dict(every=0.15, video=0.15, compare=0.3)       # after which share of the steps
 SHARE = dict(every=0.4, video=0.3, compare=0.1)         # of batches; "every" of those with one picture
-PER_PICTURE = dict(describe=1, locate=2, count=2, color=1, every=1)     # questions
+PER_PICTURE = dict(describe=1, locate=2, count=2, color=1, every=1, video=1, compare=1)     # questions
 UNKNOWN = -100                          # a target that costs nothing
 
 
@@ -210,44 +112,40 @@ def make_sample(rng: random.Random, kind: str, width: int, height: int, frames: 
     return Sample([[scene.draw()]], cell_targets(scene), scenes.shape_questions(scene))
 
 
+def conversation(question: Question, sample: Sample) -> list[dict]:
+    """As a user would ask."""
+    media = [{"type": "video", "video": frames, "fps": scenes.FPS} if question.kind == "video" else
+             {"type": "image", "image": frames[0]} for frames in sample.pictures]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": question.text}]}]
+
+
+def choose(rng: random.Random, questions: list[Question], lists: bool) -> list[Question]:
+    """Which questions to ask of a picture: PER_PICTURE of each kind, lists of boxes not always."""
+    shuffled, counts = rng.sample(questions, len(questions)), PER_PICTURE | dict(every=int(lists))
+    return [question for kind, count in counts.items()
+            for question in [q for q in shuffled if q.kind == kind][:count]]
+
+
 class Batches(torch.utils.data.Dataset):
     """Batch number i, always the same for a seed: samples of one kind and size, several questions on each."""
 
     def __init__(self, processor: Processor, seed: int, size: int, steps: int):
         self.processor, self.seed, self.size, self.steps = processor, seed, size, steps
-        self.encode = lambda text: processor.tokenizer.encode(text, add_special_tokens=False)
-        self.control = processor.tokenizer.token_to_id
+        tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())        # one that reads control tokens
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
 
     def __len__(self) -> int:
         return self.steps
 
-    def stem(self, placeholder: str, counts: list[int]) -> list[int]:
-        """What comes before the question."""
-        start, end, opened, pad, closed = map(self.control, (
-            IM_START, IM_END, processing.VISION_START, placeholder, processing.VISION_END))
-        media = [[opened, *[pad] * count, closed] for count in counts]
-        return [start, *self.encode(f"system\n{processing.DEFAULT_SYSTEM}").ids, end,
-                *self.encode("\n").ids, start, *self.encode("user\n").ids, *sum(media, [])]
-
-    def branch(self, question: Question) -> tuple[list[int], list[int], list[int]]:
-        """The ids of question and answer; of each the next one, where that is to be learned; and the number
-        of the thing that the next one speaks of."""
-        asked = [*self.encode(question.text).ids, self.control(IM_END), *self.encode("\n").ids,
-                 self.control(IM_START), *self.encode("assistant\n").ids]
-        answer = self.encode(question.expected)
-        things = [thing for text, thing in question.answer for _ in text]
-        ids = [*asked, *answer.ids, self.control(IM_END)]
-        before = [UNKNOWN] * (len(asked) - 1)
-        points = [0] * (len(asked) - 1) + [things[start] for start, _ in answer.offsets] + [0, 0]
-        return ids, [*before, *ids[len(asked):], UNKNOWN], points
-
-    def chosen(self, rng: random.Random, questions: list[Question], lists: bool) -> list[Question]:
-        left, chosen = PER_PICTURE | dict(every=int(lists)), []
-        for question in rng.sample(questions, len(questions)):
-            if left.get(question.kind, 1) > 0:
-                left[question.kind] = left.get(question.kind, 1) - 1
-                chosen.append(question)
-        return chosen
+    def branch(self, asked: str, question: Question) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a question, `asked`, and its answer; of each the next one, where that is to be learned; and
+        the number of the thing that the next one speaks of.
+        """
+        before, answer = self.encode(asked).ids, self.encode(question.expected + IM_END)
+        things = [thing for text, thing in question.answer for _ in text] + [0] * len(IM_END)
+        labels = [UNKNOWN] * (len(before) - 1) + [*answer.ids, UNKNOWN]
+        points = [0] * (len(before) - 1) + [things[start] for start, _ in answer.offsets] + [0]
+        return before + answer.ids, labels, points
 
     def __getitem__(self, step: int) -> dict:
         rng, progress = random.Random(f"{self.seed} {step}"), step / self.steps
@@ -258,33 +156,30 @@ class Batches(torch.utils.data.Dataset):
         count = 2 * self.size // ((frames + 1) // 2) if kind == "video" else self.size
         samples = [make_sample(rng, kind, width, height, frames) for _ in range(count)]
         made = [self.processor.patches(frames, 1, 10**9) for sample in samples for frames in sample.pictures]
-        grid, pictures = made[0][1], len(samples[0].pictures)
-        stem = self.stem(VIDEO_PAD if kind == "video" else IMAGE_PAD,
-                         [math.prod(grid) // self.processor.merge_size**2] * pictures)
-        rows = [[(question.kind, *self.branch(question)) for question in self.chosen(rng, s.questions, lists)]
-                for s in samples]
+        grid = made[0][1]
 
-        B, T = len(samples), len(stem) + max(sum(len(ids) for _, ids, *_ in row) for row in rows)
-        input_ids, offset, points = (torch.zeros(B, T, dtype=torch.int64) for _ in range(3))
-        labels = torch.full((B, T), UNKNOWN)
-        branch = torch.full((B, T), -1)                     # 0 is the stem, -1 a pad
-        input_ids[:, :len(stem)], branch[:, :len(stem)] = torch.tensor(stem), 0
-        answers = []                                        # (kind, row, slice of the columns)
-        for b, row in enumerate(rows):
-            at = len(stem)
-            for k, (kind_asked, *columns) in enumerate(row, 1):
-                place = slice(at, at + len(columns[0]))
-                for whole, part in zip((input_ids, labels, points), columns):
-                    whole[b, place] = torch.tensor(part)
-                branch[b, place], offset[b, place] = k, torch.arange(len(columns[0]))
-                answers.append((kind_asked, b, place))
-                at = place.stop
+        prompt = lambda sample, question: self.processor.prompt(conversation(question, sample))
+        media, _, _ = prompt(samples[0], samples[0].questions[0]).rpartition(VISION_END)
+        pad = VIDEO_PAD if kind == "video" else IMAGE_PAD
+        stem = media.replace(pad, pad * (math.prod(grid) // self.processor.merge_size**2)) + VISION_END
+        stem = self.encode(stem).ids
+        rows, answers = [], []      # of (id, label, point, branch, offset); of (kind, row, slice of the row)
+        for b, sample in enumerate(samples):
+            row = [(i, UNKNOWN, 0, 0, 0) for i in stem]
+            for k, question in enumerate(choose(rng, sample.questions, lists), 1):
+                columns = self.branch(prompt(sample, question).rpartition(VISION_END)[2], question)
+                answers.append((question.kind, b, slice(len(row), len(row) + len(columns[0]))))
+                row += zip(*columns, itertools.repeat(k), range(len(columns[0])))
+            rows.append(row)
+        T = max(map(len, rows))
+        rows = [row + [(0, UNKNOWN, 0, -1, 0)] * (T - len(row)) for row in rows]
+        input_ids, labels, points, branch, offset = torch.tensor(rows).unbind(dim=2)
         seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
         return dict(
             step=step, video=kind == "video", input_ids=input_ids, stem=len(stem), offset=offset,
             visible=seen & torch.ones(T, T).tril().bool(), labels=labels, points=points, answers=answers,
             pixels=torch.from_numpy(np.concatenate([patches for patches, _ in made])), grid=grid,
-            pictures=pictures, targets=torch.stack([sample.targets for sample in samples]))
+            pictures=len(samples[0].pictures), targets=torch.stack([sample.targets for sample in samples]))
 
 
 # ---------------------------------------------------------------------------- training
@@ -383,16 +278,18 @@ class Trainer:
     def forward(self, batch: dict) -> Tensor:
         """Logits of a batch of trees."""
         (t, h, w), stem, B = batch["grid"], batch["stem"], len(batch["input_ids"])
-        grids, packed = torch.tensor([[t, h, w]] * batch["pictures"]), torch.tensor(
-            [[t * batch["pictures"] * B, h, w]])
-        media = dict(video_grid_thw=grids, second_per_grid_ts=[2 / scenes.FPS]) if batch["video"] else dict(
-            image_grid_thw=grids)
+        grids = torch.tensor([[t, h, w]] * batch["pictures"])
+        packed = torch.tensor([[t * batch["pictures"] * B, h, w]])     # one video, whose frames never meet
+        if batch["video"]:
+            media = dict(video_grid_thw=grids, second_per_grid_ts=[2 / scenes.FPS])
+            pixels = dict(pixel_values_videos=batch["pixels"], video_grid_thw=packed)
+        else:
+            media = dict(image_grid_thw=grids)
+            pixels = dict(pixel_values=batch["pixels"], image_grid_thw=packed)
         before, after = self.model.positions(batch["input_ids"][:1, :stem], **media)
         positions = (after + batch["offset"]).repeat(3, 1, 1)
         positions[:, :, :stem] = before
-        names = ("pixel_values_videos", "video_grid_thw") if batch["video"] else (
-            "pixel_values", "image_grid_thw")
-        x = self.model.embed(batch["input_ids"], **dict(zip(names, (batch["pixels"], packed))))
+        x = self.model.embed(batch["input_ids"], **pixels)
         unseen = ~batch["visible"][:, None]
         self.attend.mask = torch.zeros(unseen.shape).masked_fill(unseen, torch.finfo(torch.float32).min)
         return self.model.decode(x, positions).float()
@@ -408,7 +305,7 @@ class Trainer:
         scores, meant = scores[b, :, t], meant[b, t][:, None]
         return (scores.logsumexp(dim=2) - scores.masked_fill(~meant, -torch.inf).logsumexp(dim=2)).mean()
 
-    def losses(self, batch: dict, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[bool]]]:
+    def losses(self, batch: dict, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         """Losses by name, and for every kind of question which answers are right to the last token."""
         (_, h, w), targets = batch["grid"], batch["targets"].flatten(0, 1)
         losses, right = {}, defaultdict(list)
@@ -434,16 +331,12 @@ class Trainer:
             self.caught["merged"], targets, middles.repeat(len(targets) // len(middles), 1))
         return losses, right
 
-    def step(
-        self, batch: dict, tower_only: bool, progress: float
-    ) -> tuple[dict[str, float], dict[str, list[bool]]]:
+    def step(self, batch: dict, tower_only: bool, progress: float) -> dict[str, list[float]]:
         """One update, at a share `progress` of all steps: 100 to warm up, the last 40 % down to zero."""
         losses, right = self.losses(batch, tower_only)
-        for p in self.parameters:
-            p.grad = None
         sum(losses.values()).backward()
         for p, master in zip(self.parameters, self.masters):
-            master.grad = None if p.grad is None else p.grad.float()
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
         nn.utils.clip_grad_norm_(self.masters, 1.0)
         rate = self.rate * min(1, (batch["step"] + 1) / 100, (1 - progress) / 0.4)
         for optimizer in self.optimizers:
@@ -451,11 +344,12 @@ class Trainer:
                 group["lr"] = rate
             optimizer.step()
         self.publish()
-        return {name: loss.item() for name, loss in losses.items()}, right
+        return {name: [loss.item()] for name, loss in losses.items()} | right
 
 
 def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: float) -> None:
-    make_checkpoint(work)
+    """All but the weights comes from tiny/; where `work` holds a state, training goes on from there."""
+    shutil.copytree(TINY, work, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     processor, trainer = load_processor(work), Trainer(load_config(work), seed, rate)
     saved, log, start = work / "state.pt", work / "log.jsonl", 0
     if saved.exists():
@@ -466,13 +360,10 @@ def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: 
     clock, collected = time.time(), defaultdict(list)
     for batch in loader:
         step = batch["step"] + 1
-        losses, right = trainer.step(batch, step <= tower_steps, batch["step"] / steps)
-        for name, value in losses.items():
-            collected[name].append(value)
-        for kind, values in right.items():
-            collected[kind] += values
+        for name, values in trainer.step(batch, step <= tower_steps, batch["step"] / steps).items():
+            collected[name] += values
         if step % 50 == 0 or step == steps:
-            row = dict(step=step, seconds=(time.time() - clock) / 50)
+            row = dict(step=step, seconds=(time.time() - clock) / len(collected["near"]))
             row |= {name: sum(values) / len(values) for name, values in collected.items()}
             print(f"{step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"),
                   flush=True)
@@ -490,16 +381,14 @@ def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: 
 def draw_curve(log: Path, path: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, names, title in ((axes[0], ("near", "far", "point", "answer"), "loss"),
-                               (axes[1], KINDS, "right answers")):
+    for axis, names, title in zip(axes, (("near", "far", "point", "answer"), KINDS), ("loss", "right")):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(*zip(*points), label=name)
+            axis.plot(*zip(*points), label=name)
         axis.set(xlabel="step", title=title)
-        axis.legend(loc="best")
+        axis.legend()
     axes[0].set_yscale("log")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -556,13 +445,6 @@ def asked(seed: int, scenes: int, kinds: tuple[str, ...]) -> Iterator[tuple[Ques
             sample = make_sample(rng, kind, width, height, rng.randint(4, 8))
             questions = {q.kind: q for q in rng.sample(sample.questions, len(sample.questions))}
             yield from ((questions[kind], sample) for kind in kinds if kind in questions)
-
-
-def conversation(question: Question, sample: Sample) -> list[dict]:
-    """As a user would ask."""
-    media = [{"type": "video", "video": frames, "fps": scenes.FPS} if question.kind == "video" else
-             {"type": "image", "image": frames[0]} for frames in sample.pictures]
-    return [{"role": "user", "content": [*media, {"type": "text", "text": question.text}]}]
 
 
 def answers(path: Path, seed: int, scenes: int, kinds: tuple[str, ...] = KINDS) -> Iterator[Answer]:
