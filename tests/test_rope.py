@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE, VIDEO, assert_equal, config_dict, prompts
+from conftest import IMAGE, VIDEO, assert_equal, prompts, small_config
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 from transformers.vision_utils import get_vision_position_ids
@@ -20,7 +20,7 @@ def test_patches_in_raster_order():
 
 
 def test_rows_and_columns_swapped_in_the_tower():
-    rotary = hf.Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).vision_config)
+    rotary = hf.Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLConfig(**small_config()).vision_config)
     positions = vision_positions(GRIDS, 2)
     for ours, theirs in zip(vision_rotary(positions, head_dim=40), rotary(torch.zeros(1), positions)):
         assert_equal("cos and sin, vision", ours, theirs)
@@ -29,7 +29,7 @@ def test_rows_and_columns_swapped_in_the_tower():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sections_interleaved(dtype):
     """The axes differ by far, so that a pair turned by the wrong one shows; also angles cast too early."""
-    rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**config_dict()).text_config)
+    rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**small_config()).text_config)
     axes = (torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30))
     positions = torch.stack(axes).unsqueeze(1).repeat(1, 2, 1)
     theirs = rotary(torch.zeros(1, dtype=dtype), positions)

@@ -46,16 +46,16 @@ VISION = dict(
     tokens_per_second=2)
 
 
-def size_config(
+def config_dict(
     hidden: int, layers: int, heads: int, kv: int, mlp: int, vocabulary: int, tied: bool, **tower
 ) -> dict:
-    section = [16, 24, 24] if hidden // heads == 128 else [2, 3, 3]
+    """A config.json as transformers 5 writes it; the last four ids are those of pictures and videos."""
+    width, last = hidden // heads, vocabulary - 4
     text = dict(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
         intermediate_size=mlp, vocab_size=vocabulary, rms_norm_eps=1e-6, max_position_embeddings=128000,
-        tie_word_embeddings=tied,
-        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=section))
-    last = vocabulary - 4
+        rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                             mrope_section=[width // 8, 3 * width // 16, 3 * width // 16]))
     return dict(
         model_type="qwen2_5_vl", text_config=text, tie_word_embeddings=tied,
         vision_config=VISION | dict(out_hidden_size=hidden) | tower, image_token_id=last,
@@ -64,12 +64,12 @@ def size_config(
 
 SMALL_TOWER = dict(depth=2, fullatt_block_indexes=[1])
 SIZES = {
-    "host": size_config(64, 28, 4, 2, 128, 512, True, **SMALL_TOWER,
+    "host": config_dict(64, 28, 4, 2, 128, 512, True, **SMALL_TOWER,
                         hidden_size=64, intermediate_size=128, num_heads=4),
-    "layer": size_config(2048, 1, 16, 2, 11008, 151936, True, **SMALL_TOWER),
-    "3B": size_config(2048, 36, 16, 2, 11008, 151936, True),
-    "7B": size_config(3584, 28, 28, 4, 18944, 152064, False),
-    "32B": size_config(5120, 64, 40, 8, 27648, 152064, False, intermediate_size=3456),
+    "layer": config_dict(2048, 1, 16, 2, 11008, 151936, True, **SMALL_TOWER),
+    "3B": config_dict(2048, 36, 16, 2, 11008, 151936, True),
+    "7B": config_dict(3584, 28, 28, 4, 18944, 152064, False),
+    "32B": config_dict(5120, 64, 40, 8, 27648, 152064, False, intermediate_size=3456),
 }
 CPU_SIZES = ("tiny", "host", "layer")
 
@@ -96,19 +96,24 @@ HEADER = "| size | what | ours | HF | HF / ours | least .. most | |\n|---|---|--
 # ---------------------------------------------------------------------------- two models, one set of tensors
 
 def make_pair(
-    config: dict, device: str, dtype: torch.dtype
+    size: str, device: str, dtype: torch.dtype, most: float = float("inf")
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL]:
-    """Hugging Face's model with random weights, and ours with the very same tensors."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            hf = Qwen2_5_VLForConditionalGeneration._from_config(
-                Qwen2_5_VLConfig(**config), attn_implementation="sdpa")
-    finally:
-        torch.set_default_dtype(before)
+    """Hugging Face's model and ours with the very same tensors: those of tiny/, or random ones for at most so
+    many layers of each tower.
+    """
+    if size == "tiny":
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=dtype).to(device)
+        return hf, ours_of(hf)
+    config = copy.deepcopy(SIZES[size])
+    text, tower = config["text_config"], config["vision_config"]
+    text["num_hidden_layers"] = min(most, text["num_hidden_layers"])
+    if most < tower["depth"]:
+        tower |= dict(depth=most, fullatt_block_indexes=[most - 1])
+    with torch.device(device):
+        hf = Qwen2_5_VLForConditionalGeneration._from_config(
+            Qwen2_5_VLConfig(**config), dtype=dtype, attn_implementation="sdpa").eval()
     torch.manual_seed(0)
-    for p in hf.eval().requires_grad_(False).parameters():
+    for p in hf.parameters():
         p.normal_(0, 0.7 / p[0].numel() ** 0.5) if p.ndim > 1 else p.normal_(1, 0.1)
     return hf, ours_of(hf)
 
@@ -156,31 +161,26 @@ def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: in
 
 # ---------------------------------------------------------------------------- do they agree?
 
-def disagreement(config: dict, device: str, dtype: torch.dtype) -> str:
-    """Why no ratio should be printed for a size, or nothing."""
-    text, tower = config["text_config"], config["vision_config"]
-    depth = min(4, tower["depth"])
-    small = config | dict(text_config=text | dict(num_hidden_layers=min(4, text["num_hidden_layers"])),
-                          vision_config=tower | dict(depth=depth, fullatt_block_indexes=[depth - 1]))
-    hf, ours = make_pair(small, device, dtype)
-    return disagreement_of(hf, ours, device, dtype)
-
-
-def disagreement_of(hf, ours, device: str, dtype: torch.dtype) -> str:
+def check(size: str, device: str, dtype: torch.dtype) -> None:
+    """Raises ValueError where the two disagree about a picture and what follows it."""
+    hf, ours = make_pair(size, device, dtype, most=4)
     inputs = prompt(ours.config, 280, 24, dtype, device)
     difference = lambda a, b: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
     hf.model.rope_deltas = None
     there = {name: x.to(device) for name, x in inputs.items()}
-    a, b = ours(**inputs), hf(**there, use_cache=False).logits
+    a, b, reason = ours(**inputs), hf(**there, use_cache=False).logits, None
     if dtype == torch.float32:
         if difference(a, b) > TOLERANCE:
-            return f"logits differ by {difference(a, b):.1e}"
-        return "" if ours_tokens(ours, inputs, 8) == hf_tokens(hf, inputs, 8) else "tokens differ"
-    exact = copy.deepcopy(ours).float()(**inputs)
-    ours_off, hf_off = difference(a, exact), difference(b, exact)
-    if max(ours_off, hf_off) > BFLOAT16_FACTOR * min(ours_off, hf_off):
-        return f"from the float32 logits ours are {ours_off:.1e} away, HF's {hf_off:.1e}"
-    return ""
+            reason = f"logits differ by {difference(a, b):.1e}"
+        elif ours_tokens(ours, inputs, 8) != hf_tokens(hf, inputs, 8):
+            reason = "tokens differ"
+    else:
+        exact = ours.float()(**inputs)
+        ours_off, hf_off = difference(a, exact), difference(b, exact)
+        if max(ours_off, hf_off) > BFLOAT16_FACTOR * min(ours_off, hf_off):
+            reason = f"from the float32 logits ours are {ours_off:.1e} away, HF's {hf_off:.1e}"
+    if reason:
+        raise ValueError(f"{size}: {reason}; no ratio for what does not agree")
 
 
 # ---------------------------------------------------------------------------- timing
@@ -227,16 +227,8 @@ def bytes_per_token(model: Qwen2_5_VL) -> int:
 
 
 def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> list[Row]:
-    if size == "tiny":
-        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=dtype)
-        ours = ours_of(hf.eval().requires_grad_(False).to(device))
-        reason = disagreement_of(hf, ours, device, dtype)
-    else:
-        reason = disagreement(SIZES[size], device, dtype)
-        hf, ours = (None, None) if reason else make_pair(SIZES[size], device, dtype)
-    if reason:
-        raise ValueError(f"{size}: {reason}; no ratio for what does not agree")
-
+    check(size, device, dtype)
+    hf, ours = make_pair(size, device, dtype)
     cuda, threads, rows = device == "cuda", torch.get_num_threads(), []
     if size == "host":      # where the host is the limit and not the arithmetic
         torch.set_num_threads(1)
@@ -283,7 +275,7 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
 def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
     """Cost against picture size and against context, for the widths of the 3B: ours, HF, and the limit."""
     from matplotlib import pyplot as plt
-    hf, ours = make_pair(SIZES["layer"], device, dtype)
+    hf, ours = make_pair("layer", device, dtype)
     sides, contexts, times, steps = (112, 224, 336, 448, 560, 672), (256, 1024, 2048, 4096), [], []
     for side in sides:
         pixels, grid = picture(side, dtype, device)

@@ -5,7 +5,7 @@
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -23,38 +23,28 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def attention_flops(layouts: list[Layout], width: int) -> int:
+def attention_flops(layout: Layout, width: int) -> int:
     """q k^T and weights v, 2 x 2 operations per pair of patches and channel, inside every window."""
-    pairs = sum(frames * windows * patches**2 for frames, runs in layouts for windows, patches in runs)
-    return 4 * width * pairs
-
-
-def pictures(inputs: dict, merge: int, window: int) -> tuple[list[Layout], list[Layout], list[str]]:
-    """How full and windowed blocks cut up every picture and video, and the grids in words."""
-    whole, windowed, words = [], [], []
-    for name in ("image_grid_thw", "video_grid_thw"):
-        for t, h, w in inputs.get(name, torch.empty(0, 3, dtype=torch.int64)).tolist():
-            _, (layout,) = window_order(torch.tensor([[t, h, w]]), merge, window)
-            whole.append(Layout(t, [(1, h * w)]))
-            windowed.append(layout)
-            cut = ", ".join(f"{n} of {size} patches" for n, size in layout.runs)
-            tokens = t * h * w // merge**2
-            words.append(f"grid: {t} x {h} x {w} patches (time, rows, columns), {tokens} tokens; "
-                         f"windows in each frame: {cut}")
-    return whole, windowed, words
+    return 4 * width * layout.frames * sum(windows * patches**2 for windows, patches in layout.runs)
 
 
 def journey(model: Qwen2_5_VL, inputs: dict, processor: Processor) -> list[str]:
-    """What happens to pictures and prompt on the way to the first token, a line each."""
+    """What happens to a picture or video and the prompt on the way to the first token, a line each."""
     config, tower = model.config, model.config.vision
     merge, width, C = tower.spatial_merge_size, tower.hidden_size, config.hidden_size
-    whole, windowed, lines = pictures(inputs, merge, tower.window_size // (tower.patch_size * merge))
+    grids = {name: grid for name, grid in inputs.items() if name.endswith("grid_thw")}
+    (grid,) = grids.values()
+    (t, h, w), = grid.tolist()
+    _, (windowed,) = window_order(grid, merge, tower.window_size // (tower.patch_size * merge))
     types, T = inputs["mm_token_type_ids"][0].tolist(), inputs["input_ids"].shape[1]
-    given = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    positions, following = model.positions(**{name: inputs[name] for name in given if name in inputs})
+    positions, following = model.positions(
+        inputs["input_ids"], **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
     borders = [i for i in range(T) if i in (0, T - 1) or types[i] != types[i - 1] or types[i] != types[i + 1]]
     bytes_per_token = 2 * KVCache(config, 1, 1, "meta", torch.bfloat16).k.nbytes
-    lines += [
+    lines = [
+        f"resized: {w * tower.patch_size} x {h * tower.patch_size} pixels",
+        f"grid: {t} x {h} x {w} patches (time, rows, columns), {t * h * w // merge**2} tokens; windows in "
+        f"each frame: {', '.join(f'{n} of {size} patches' for n, size in windowed.runs)}",
         f"prompt: {T} tokens, {T - types.count(0)} of them from pictures and videos",
         "positions (time, row, column): " + ", ".join(
             f"token {i} at {tuple(positions[:, 0, i].tolist())}" for i in borders),
@@ -63,27 +53,25 @@ def journey(model: Qwen2_5_VL, inputs: dict, processor: Processor) -> list[str]:
         f"\n{'stage':20} {'shape':>18}  {'what it is':38} {'parameters':>15} {'GFLOP':>9}",
     ]
 
-    N, full = sum(layout.patches for layout in whole), len(tower.fullatt_block_indexes)
+    N, full = t * h * w, len(tower.fullatt_block_indexes)
     head = model.model.embed_tokens if config.tie_word_embeddings else model.lm_head
     embed, blocks, merger, layers, head = map(parameters, (
         model.visual.patch_embed, model.visual.blocks, model.visual.merger, model.model.layers, head))
-    attention = full * attention_flops(whole, width) + (tower.depth - full) * attention_flops(windowed, width)
+    attention = (full * attention_flops(Layout(t, [(1, h * w)]), width)
+                 + (tower.depth - full) * attention_flops(windowed, width))
     causal = 2 * config.num_hidden_layers * T * T * C
-    rows = [
+    for stage, shape, what, count, flops in (
         ("pixel_values", (N, embed // width), "patches, merge group by merge group", 0, 0),
         ("patch_embed", (N, width), "a linear map of each", embed, 2 * N * embed),
         (f"{tower.depth} blocks, {full} full", (N, width), "attention in windows, in whole frames", blocks,
          2 * N * blocks + attention),
         ("merger", (N // merge**2, C), f"{merge} x {merge} patches become a token", merger,
          2 * N // merge**2 * merger),
-    ] if N else []
-    rows += [
         ("embed", (1, T, C), "vision tokens at their placeholders", parameters(model.model.embed_tokens), 0),
         (f"{config.num_hidden_layers} layers", (1, T, C), "the decoder", layers, 2 * T * layers + causal),
         ("head", (1, 1, config.vocab_size), "logits of the last token", head, 2 * head),
-    ]
-    lines += [f"{stage:20} {shape!s:>18}  {what:38} {count:15,} {flops / 1e9:9.3f}"
-              for stage, shape, what, count, flops in rows]
+    ):
+        lines.append(f"{stage:20} {shape!s:>18}  {what:38} {count:15,} {flops / 1e9:9.3f}")
 
     with torch.inference_mode():
         values, ids = model(**inputs)[0, -1].float().softmax(dim=-1).topk(5)
@@ -92,30 +80,21 @@ def journey(model: Qwen2_5_VL, inputs: dict, processor: Processor) -> list[str]:
     return [*lines, f"\nfirst token: {', '.join(likeliest)}"]
 
 
-def arguments(argv: list[str] | None) -> Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=ROOT / "tiny", help="a directory or hub id (default: tiny/)")
-    parser.add_argument("--image", help="(default: the demo picture)")
+    parser.add_argument("--image", default=ROOT / "assets" / "demo.png", help="(default: the demo picture)")
     parser.add_argument("--video", help="instead: a folder of frames (with --fps) or an animated file")
     parser.add_argument("--fps", type=float)
     parser.add_argument("--prompt", default="Describe the image.")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+    args = parser.parse_args(argv)
     try:
-        path = checkpoint(args.model)
-        if args.video:
-            item = {"type": "video", "video": args.video, "fps": args.fps}
-        else:
-            picture = open_image(args.image or ROOT / "assets" / "demo.png")
-            item = {"type": "image", "image": picture}
-            print(f"original: {picture.width} x {picture.height} pixels")
+        path, item = checkpoint(args.model), {"type": "video", "video": args.video, "fps": args.fps}
+        if args.video is None:
+            item = {"type": "image", "image": open_image(args.image)}
+            print(f"original: {item['image'].width} x {item['image'].height} pixels")
         processor, model = load_processor(path), load_model(path)
         inputs = processor([{"role": "user", "content": [item, {"type": "text", "text": args.prompt}]}])
-        _, h, w = inputs["video_grid_thw" if args.video else "image_grid_thw"][0].tolist()
-        print(f"resized: {w * processor.patch_size} x {h * processor.patch_size} pixels")
         print("\n".join(journey(model, inputs, processor)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

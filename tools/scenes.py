@@ -61,10 +61,6 @@ def shape_mask(shape: str, size: int, smooth: bool) -> Image.Image:
     return mask.crop(mask.getbbox())
 
 
-def paint_of(rng: random.Random, color: str) -> tuple[int, ...]:
-    return tuple(min(255, max(0, c + rng.randint(-20, 20))) for c in COLORS[color])
-
-
 def shifted(box: Pixels, dx: int, dy: int) -> Pixels:
     return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
 
@@ -118,7 +114,8 @@ def shapes_scene(rng: random.Random, width: int, height: int, most: int = 4) -> 
         x, y = rng.randint(0, width - mask.width), rng.randint(0, height - mask.height)
         box = (x, y, x + mask.width, y + mask.height)
         if not any(overlaps(box, other.box) or abs(other.box[1] - y) < 4 for other in scene.things):
-            scene.things.append(Thing(color, shape, box, mask, paint_of(rng, color)))
+            paint = tuple(min(255, max(0, c + rng.randint(-20, 20))) for c in COLORS[color])
+            scene.things.append(Thing(color, shape, box, mask, paint))
     scene.things.sort(key=lambda thing: thing.box[1])
     return scene
 

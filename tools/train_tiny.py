@@ -458,11 +458,12 @@ def answers(path: Path, seed: int, scenes: int, kinds: tuple[str, ...] = KINDS) 
                          sum(sample.pictures, []))
 
 
-def scores(collected: list[Answer]) -> list[tuple[str, str, float, float]]:
-    """(question, measure, reached, aim) for every kind."""
+def table(collected: list[Answer]) -> str:
+    """The rows that the README shows."""
     share = lambda some: sum(map(good, some)) / max(1, len(some))
     mean_iou = lambda some: sum(map(overlap, some)) / max(1, len(some))
-    rows = [
+    lines = ["| question | measure | reached | aim |", "|---|---|---|---|"]
+    for kind, question, measure, score, aim in (
         ("describe", "Describe the image.", "exact", share, 0.95),
         ("locate", "Locate the red circle.", "mean IoU", mean_iou, 0.80),
         ("locate", "", "IoU above 0.5", share, 0.95),
@@ -471,16 +472,10 @@ def scores(collected: list[Answer]) -> list[tuple[str, str, float, float]]:
         ("every", "Locate every circle.", "F1 at IoU 0.5", f1, 0.90),
         ("video", "Which way does the circle move?", "exact", share, 0.95),
         ("compare", "Which image has more objects?", "exact", share, 0.90),
-    ]
-    return [(question, measure, score([answer for answer in collected if answer.kind == kind]), aim)
-            for kind, question, measure, score, aim in rows]
-
-
-def table(collected: list[Answer]) -> str:
-    """The rows that the README shows."""
-    rows = [f"| {question} | {measure} | {reached:.1%} | {aim:.0%} |"
-            for question, measure, reached, aim in scores(collected)]
-    return "\n".join(["| question | measure | reached | aim |", "|---|---|---|---|", *rows])
+    ):
+        reached = score([answer for answer in collected if answer.kind == kind])
+        lines.append(f"| {question} | {measure} | {reached:.1%} | {aim:.0%} |")
+    return "\n".join(lines)
 
 
 def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
