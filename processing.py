@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +132,8 @@ def conversation(messages: list[dict], add_generation_prompt: bool) -> list[Part
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}: use one of {', '.join(ROLES)}; {FORM}")
-        if not isinstance(content, str | list):
-            raise ValueError(f"content is a string or a list, not {type(content).__name__}; {FORM}")
+        if role not in ROLES or not isinstance(content, str | list):
+            raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
         add("control", IM_START)
         add("text", f"{role}\n")
         for item in [{"text": content}] if isinstance(content, str) else content:
@@ -203,9 +200,9 @@ class Processor:
         """
         several = isinstance(messages, list) and messages and isinstance(messages[0], list)
         batch = messages if several else [messages]
-        pixels, grids, rows, intervals = defaultdict(list), defaultdict(list), [], []
+        media, rows = dict(image=[], video=[]), []      # media: (patches, grid, seconds per temporal patch)
         for one in batch:
-            row = []                                                    # of (id, type)
+            row = []                                                    # of (id, type, mask)
             for part in conversation(one, add_generation_prompt):
                 if part.kind == "text":
                     ids = self.tokenizer.encode(part.text, add_special_tokens=False).ids
@@ -214,23 +211,22 @@ class Processor:
                 if part.item is not None:
                     frames, limits, interval = self.open(part.kind, part.item)
                     patches, grid = self.patches(frames, *limits)
-                    pixels[part.kind].append(patches)
-                    grids[part.kind].append(grid)
-                    intervals += [interval] if part.kind == "video" else []
+                    media[part.kind].append((patches, grid, interval))
                     ids *= math.prod(grid) // self.merge_size**2        # a placeholder per merge group
-                row += [(i, {"image": 1, "video": 2}.get(part.kind, 0)) for i in ids]
+                row += [(i, {"image": 1, "video": 2}.get(part.kind, 0), 1) for i in ids]
             rows.append(row)
 
         T, pad = max(map(len, rows)), (self.tokenizer.token_to_id(ENDOFTEXT), 0, 0)
-        table = [[pad] * (T - len(row)) + [(*pair, 1) for pair in row] for row in rows]     # (id, type, mask)
-        input_ids, types, mask = torch.tensor(table).unbind(dim=2)
-        inputs = dict(input_ids=input_ids, attention_mask=mask, mm_token_type_ids=types.int())
+        table = torch.tensor([[pad] * (T - len(row)) + row for row in rows])
+        inputs = dict(zip(("input_ids", "mm_token_type_ids", "attention_mask"), table.unbind(dim=2)))
+        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"].int()
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            if pixels[kind]:
-                inputs[name] = torch.from_numpy(np.concatenate(pixels[kind]))
-                inputs[f"{kind}_grid_thw"] = torch.tensor(grids[kind])
-        if intervals:
-            inputs["second_per_grid_ts"] = torch.tensor(intervals)
+            if media[kind]:
+                patches, grids, intervals = zip(*media[kind])
+                inputs[name] = torch.from_numpy(np.concatenate(patches))
+                inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
+                if kind == "video":
+                    inputs["second_per_grid_ts"] = torch.tensor(intervals)
         return inputs
 
     def open(self, kind: str, item: dict) -> tuple[list[Image.Image], tuple[float, float], float]:

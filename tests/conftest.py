@@ -103,7 +103,7 @@ def fill(model, generator):
     model.lm_head.weight.data[[IMAGE, VIDEO, START, END]] = 0       # an answer has no pictures
 
 
-def make_pair(attention="sdpa", seed=3, **changes):
+def make_pair(attention="sdpa", seed=18, **changes):
     hf = Qwen2_5_VLForConditionalGeneration._from_config(
         Qwen2_5_VLConfig(**small_config(**changes)), attn_implementation=attention)
     fill(hf.eval().requires_grad_(False), torch.Generator().manual_seed(seed))
@@ -137,39 +137,35 @@ def published(tmp_path_factory):
 
 # ---------------------------------------------------------------------------- inputs
 
-def media(grids, generator):
-    """Random pixels and the grid tensor for a list of (t, h, w) in patches."""
-    if not grids:
-        return None, None
-    grid_thw = torch.tensor(grids)
-    return torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * 14 * 14, generator=generator), grid_thw
-
-
-def prompts(rows, seed=0):
+def prompts(rows, seed=0, first=0):
     """A left-padded batch in the shape of a processor's dict. A row is a list of: how many tokens of text, a
-    picture as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches.
+    picture as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches. Row number `first` + i of a
+    seed is always the same, whatever is around it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch, images, videos, seconds = [], [], [], []
-    for row in rows:
-        tokens = []                                                     # of (id, type, mask)
+    batch, media = [], {IMAGE: [], VIDEO: []}
+    for b, row in enumerate(rows, first):
+        generator, tokens = torch.Generator().manual_seed(100 * seed + b), []       # of (id, type, mask)
         for item in row:
             if isinstance(item, int):
                 words = torch.randint(0, 500, (item,), generator=generator).tolist()
                 tokens += [(word, 0, 1) for word in words]
             else:
-                kind, pad, grids = (1, IMAGE, images) if len(item) == 2 else (2, VIDEO, videos)
-                grids.append((1, *item) if len(item) == 2 else item[:3])
-                seconds += item[3:]
-                tokens += [(START, 0, 1), *[(pad, kind, 1)] * (math.prod(grids[-1]) // 4), (END, 0, 1)]
+                grid, kind, pad = ((1, *item), 1, IMAGE) if len(item) == 2 else (item[:3], 2, VIDEO)
+                pixels = torch.randn(math.prod(grid), 1176, generator=generator)
+                media[pad].append((pixels, grid, *item[3:]))
+                tokens += [(START, 0, 1), *[(pad, kind, 1)] * (math.prod(grid) // 4), (END, 0, 1)]
         batch.append(tokens)
     longest = max(map(len, batch))
     ids, types, mask = torch.tensor([[(0, 0, 0)] * (longest - len(row)) + row for row in batch]).unbind(2)
     inputs = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=types.int())
-    inputs["pixel_values"], inputs["image_grid_thw"] = media(images, generator)
-    inputs["pixel_values_videos"], inputs["video_grid_thw"] = media(videos, generator)
-    inputs["second_per_grid_ts"] = torch.tensor(seconds) if seconds else None
-    return {name: value for name, value in inputs.items() if value is not None}
+    for items, pixels, *names in (
+        (media[IMAGE], "pixel_values", "image_grid_thw"),
+        (media[VIDEO], "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+    ):
+        if items:
+            values, *others = zip(*items)
+            inputs |= {pixels: torch.cat(values)} | dict(zip(names, map(torch.tensor, others)))
+    return inputs
 
 
 def hf_logits(hf, inputs, position_ids=None):

@@ -133,7 +133,8 @@ def test_batch_differs_from_single(pair):
     inputs = prompts(rows)
     together = pair.ours(**inputs)
     for b, mask in enumerate(inputs["attention_mask"].bool()):
-        assert_close("itself: batch = single", together[b, mask], pair.ours(**one_row(inputs, rows, b))[0])
+        alone = pair.ours(**prompts([rows[b]], first=b))[0]
+        assert_close("itself: batch = single", together[b, mask], alone)
 
 
 def test_placeholders_and_vision_tokens_differ_in_number(pairs):
@@ -208,22 +209,6 @@ def test_random_mix_differs(mix_seed):
     chunked = in_chunks(pair.ours, inputs, padded=True)
     assert_close("logits of random mixes", ours, theirs, mask)
     assert_close("itself: chunked and cached = one pass", chunked, ours, mask)
-    for b in range(len(rows)):
-        single = one_row(inputs, rows, b)
-        assert_close("itself: batch = single", ours[b, mask[b].bool()], pair.ours(**single)[0])
-
-
-def one_row(inputs, rows, b):
-    """Row b of a batch, without its pads and the others' pictures."""
-    single = dict(input_ids=inputs["input_ids"][b:b + 1, inputs["attention_mask"][b].bool()])
-    for length, pixels, grid in ((2, "pixel_values", "image_grid_thw"),
-                                 (4, "pixel_values_videos", "video_grid_thw")):
-        counts = [sum(isinstance(item, tuple) and len(item) == length for item in row) for row in rows]
-        first, n = sum(counts[:b]), counts[b]
-        if n:
-            patches = inputs[grid].prod(1).tolist()
-            single[grid] = inputs[grid][first:first + n]
-            single[pixels] = inputs[pixels][sum(patches[:first]):sum(patches[:first + n])]
-            if length == 4:
-                single["second_per_grid_ts"] = inputs["second_per_grid_ts"][first:first + n]
-    return single
+    for b, row in enumerate(rows):
+        alone = pair.ours(**prompts([row], seed, first=b))[0]
+        assert_close("itself: batch = single", ours[b, mask[b].bool()], alone)

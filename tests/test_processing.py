@@ -307,8 +307,8 @@ def test_cut_animation_ends_in_a_traceback(processor, tmp_path):
 @pytest.mark.parametrize("messages, message", [
     ([], "a conversation is a list of messages"),
     ({"role": "user", "content": "x"}, "a conversation is a list of messages"),
-    ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
-    ([{"role": "user"}], "content is a string or a list, not NoneType"),
+    ([{"role": "tool", "content": "x"}], "cannot use .* as a message of system or user or assistant"),
+    ([{"role": "user"}], "cannot use {'role': 'user'} as a message"),
     (user("bare string"), "cannot use 'bare string' as content"),
     (user({"type": "text"}), "cannot use"),
     (user(image("data:image/png;base64,AAAA")), "URLs are not fetched"),

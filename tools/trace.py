@@ -103,9 +103,12 @@ def trace_hf(path: Path, messages: list[dict], dtype: torch.dtype) -> dict[str, 
 
 
 def load(path: str) -> dict[str, Tensor]:
-    if path.endswith(".npz"):
-        return {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
-    return load_file(path)
+    try:
+        if path.endswith(".npz"):
+            return {name: torch.from_numpy(x) for name, x in np.load(path, allow_pickle=False).items()}
+        return load_file(path)
+    except Exception as error:      # both libraries have exceptions of their own
+        raise ValueError(f"{path}: not a trace ({error}); make it with -o") from None
 
 
 def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[list[str], str | None]:
