@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +29,7 @@ from load_weights import ATTENTIONS, checkpoint, load_config, load_generation_co
 from model import KVCache, Qwen2_5_VL
 from processing import Processor, load_processor
 
-GREEDY_BELOW = 1e-5     # temperatures: published checkpoints say 1e-6 and mean argmax
+GREEDY_BELOW = 1e-5     # a lower temperature is argmax: published checkpoints say 1e-6 and mean that
 
 
 def sample(
@@ -48,13 +48,14 @@ def sample(
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k > 0:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort()
         unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         unlikely[:, -1] = False                                     # the likeliest token always stays
-        logits = logits.masked_fill(unlikely.scatter(1, order, unlikely), -torch.inf)
+        unlikely = unlikely.scatter(1, order, unlikely)             # back from sorted order
+        logits = logits.masked_fill(unlikely, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
@@ -83,9 +84,8 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                cache.clear()
                 step()
-            cache.clear()
+                cache.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=aside):
             logits = step()
@@ -114,11 +114,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos too.
 
-    A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
+    A row that has met one of eos_token_id yields pad_token_id; the iterator eos when every row has, or after
     max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty
     concerns the ids of prompt and answer, not pads. graph: replay a CUDA graph for each token (None: where
     there is CUDA). HF: GenerationMixin.generate.
-    Raises ValueError for settings without sense, and where prompt and answer exceed the context.
+    Raises ValueError for meaningless settings, and where prompt and answer exceed the context.
     """
     T, limit = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     for name, value, right, wanted in (
@@ -139,16 +139,16 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     choose = lambda logits, seen: sample(
         logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
+    eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
     if graph is None:
         graph = device.type == "cuda" and max_new_tokens > 1
-    return answer(model, inputs, max_new_tokens, choose, ends, pad_token_id, graph)
+    return token_loop(model, inputs, max_new_tokens, choose, eos, pad_token_id, graph)
 
 
 @torch.inference_mode()
-def answer(
+def token_loop(
     model: Qwen2_5_VL, inputs: dict[str, Tensor], max_new_tokens: int,
-    choose: Callable[[Tensor, Tensor], Tensor], ends: Tensor, pad_token_id: int, graph: bool,
+    choose: Callable[[Tensor, Tensor], Tensor], eos: Tensor, pad_token_id: int, graph: bool,
 ) -> Iterator[Tensor]:
     """The loop of `generate`; choose(logits, seen) says the next tokens."""
     # Grids stay on the CPU: the vision tower cuts its windows by them and so never waits for the device.
@@ -159,23 +159,22 @@ def answer(
     position_ids, next_position = model.positions(
         input_ids, attention_mask, **grids, second_per_grid_ts=inputs.get("second_per_grid_ts"))
 
-    (B, T), unpadded = input_ids.shape, bool(attention_mask.all())
+    B, T = input_ids.shape
+    unpadded = bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1)
-    input_ids, position_ids, position, mask = (
-        x.to(weight.device) for x in (input_ids, position_ids, next_position[:, None], mask))
+    input_ids, position_ids, mask = (x.to(weight.device) for x in (input_ids, position_ids, mask))
     cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype)
-    token = torch.zeros_like(input_ids[:, :1])
+    token, position = input_ids.new_zeros(2, B, 1)      # buffers that every step reads
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int64, device=weight.device)
     seen = seen.scatter_add(1, input_ids, mask[:, :T]) > 0          # pads have not been said
 
-    if graph:       # before the prompt: the first runs write into its slots
-        start = position.clone()
+    if graph:       # before the prompt, because its trial runs write into the cache and move the position
         step = capture(lambda: decode_step(model, token, position, mask, cache), cache)
-        position.copy_(start)
     else:
         step = lambda: decode_step(
             model, token, position, None if unpadded else mask[:, :cache.length + 1], cache)
 
+    position.copy_(next_position[:, None])
     x = model.embed(input_ids, **pixels, **grids)
     logits = model.decode(x, position_ids, None if unpadded else mask[:, :T], cache, last_only=True)[:, -1]
     del x, pixels
@@ -187,18 +186,18 @@ def answer(
         seen.scatter_(1, token, True)
         ids = token[:, 0].cpu().masked_fill(finished, pad_token_id)     # the one wait for the device
         yield ids
-        finished = finished | torch.isin(ids, ends)
+        finished = finished | torch.isin(ids, eos)
         if finished.all():
             return
 
 
 # ---------------------------------------------------------------------------- text, as it comes
 
-# What a terminal obeys instead of showing it: control characters but tab and newline, changes of direction.
+# What a terminal obeys instead of showing: control characters except tab and newline, text direction marks.
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def text_of(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
     """The text of token ids in pieces, each of whole characters: some take several tokens."""
     ids = []
     for token in tokens:
@@ -212,23 +211,14 @@ def text_of(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr what takes so long, from the second second on; just once where that is no terminal."""
-    done, terminal = threading.Event(), sys.stderr.isatty()
-
-    def tick() -> None:
-        for seconds in count(1):
-            if done.wait(1):
-                return
-            if seconds == 2 or seconds > 2 and terminal:
-                print(f"{what} ... {seconds} s", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
+    """Says on stderr what is being done, once it has taken two seconds."""
+    timer = threading.Timer(2, print, [f"{what} ..."], dict(file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        timer.cancel()
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -249,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable, in order")
     add("--video", metavar="PATH", help="a folder of frames (with --fps) or an animated GIF, WebP or PNG")
-    add("--fps", type=float, help="frames a second: of a folder as taken, of an animation to sample")
+    add("--fps", type=float, help="frames per second: of a folder, as taken; of an animation, as sampled")
     add("--prompt", help=f"the question; - reads stdin (default: {DEMO_PROMPT!r})")
     add("--system", help="the system prompt (default: the template's)")
     add("--max-new-tokens", type=int, default=256, metavar="N")
@@ -258,14 +248,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="makes sampling repeatable")
     add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; 784 pixels become a token")
     add("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32", "float16"],
-        help="float16 is refused: it overflows (default: the checkpoint's)")
+    add("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
     add("--no-graph", action="store_true", help="launch kernels one by one instead of replaying a CUDA graph")
     return parser.parse_args(argv)
 
 
-def messages_of(args: argparse.Namespace) -> list[dict]:
+def build_messages(args: argparse.Namespace) -> list[dict]:
     """The conversation that the arguments ask for: pictures in order, then the prompt, in one user turn."""
     demo = args.model is None and not args.image and args.video is None
     content = [{"type": "image", "image": path} for path in ([DEMO_IMAGE] if demo else args.image)]
@@ -274,18 +263,18 @@ def messages_of(args: argparse.Namespace) -> list[dict]:
     if not content and args.prompt is None:
         raise ValueError("nothing to answer; give --prompt, --image or --video")
     if args.fps is not None and args.video is None:
-        raise ValueError("--fps without --video; give both or neither")
-    if args.prompt == "-" and sys.stdin is None:
-        raise ValueError("--prompt -: stdin is closed; pipe the question in")
-    prompt = DEMO_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+        raise ValueError("--fps without --video; give --video, or leave --fps out")
+    prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read() if sys.stdin else ""      # None where it is closed
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
-def outlook(model: Qwen2_5_VL, inputs: dict[str, Tensor], patch_size: int, max_new_tokens: int) -> str:
-    """What is known before an answer: sizes of pictures and videos in pixels, tokens, bytes."""
+def line_before(model: Qwen2_5_VL, inputs: dict[str, Tensor], patch_size: int, max_new_tokens: int) -> str:
+    """The line before an answer: sizes of pictures and videos in pixels, tokens, bytes."""
     weight, T = model.model.norm.weight, inputs["input_ids"].shape[1]
     grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
     sizes = ", ".join(f"{w * patch_size}x{h * patch_size}" + (f" in {t} steps" if t > 1 else "")
@@ -296,8 +285,8 @@ def outlook(model: Qwen2_5_VL, inputs: dict[str, Tensor], patch_size: int, max_n
             f"cache {cache / 1e9:.3f} GB, {weight.dtype} on {weight.device}")
 
 
-def review(times: list[float], device: torch.device) -> str:
-    """What is known after it, from the times of its start and of every token."""
+def line_after(times: list[float], device: torch.device) -> str:
+    """The line after an answer, from the times of its start and of every token."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:       # in kilobytes, on macOS in bytes
@@ -308,10 +297,10 @@ def review(times: list[float], device: torch.device) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    messages, note = messages_of(args), lambda text: print(text, file=sys.stderr, flush=True)
+    messages, note = build_messages(args), lambda text: print(text, file=sys.stderr, flush=True)
     with progress("loading"):
         path = checkpoint(DEMO_MODEL if args.model is None else args.model)
-        load_config(path)       # another model says so before its tokenizer and pictures say less
+        load_config(path)       # first, so that another model is refused as such and not for its tokenizer
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
@@ -322,7 +311,7 @@ def run(args: argparse.Namespace) -> None:
         *media, question = messages[-1]["content"]
         names = [os.path.relpath(item.get("image") or item["video"]) for item in media]
         note(f"{os.path.relpath(path)} is asked about {', '.join(names)}: {question['text']}")
-    note(outlook(model, inputs, processor.patch_size, args.max_new_tokens))
+    note(line_before(model, inputs, processor.patch_size, args.max_new_tokens))
 
     times = [time.perf_counter()]
 
@@ -333,21 +322,23 @@ def run(args: argparse.Namespace) -> None:
             times.append(time.perf_counter())
             yield ids.item()
 
-    for text in text_of(tokens(), processor):
+    for text in stream_text(tokens(), processor):
         print(UNSHOWN.sub("", text), end="", flush=True)
     print(flush=True)
-    note(review(times, model.model.norm.weight.device))
+    note(line_after(times, model.model.norm.weight.device))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would fall back on stdout
-    warnings.filterwarnings("ignore", module="PIL")         # what it suspects of files that it reads
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for 0.4 s whenever the number of tokens is new
+    warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
+    torch.backends.cuda.enable_cudnn_sdp(False)             # it plans for 0.4 s at each new length
     try:
         run(parse(argv))
         return 0
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):      # CUDA's, the CPU's
+            raise
         print("error: out of memory; use a smaller --max-pixels or --dtype bfloat16", file=sys.stderr)
         return 2
     except BrokenPipeError:                         # the reader has seen enough, as in `generate.py | head`

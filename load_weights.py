@@ -6,6 +6,7 @@ get into the model: mapped into memory, without a copy, and only if every one of
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,9 +32,6 @@ SHARED_VISION = dict(
     depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
     window_size=112, fullatt_block_indexes=(7, 15, 23, 31), tokens_per_second=2,
 )
-
-# In files written from Hugging Face's live module -> published, as save_pretrained writes.
-PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 def checkpoint(name: str | Path) -> Path:
@@ -68,27 +66,26 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path) / "config.json"
     top = read_json(path)
-    vision = setting(path, top, "vision_config", dict, {})
     text = top | setting(path, top, "text_config", dict, {})
     rope = setting(path, text, "rope_parameters", dict, {}) or setting(path, text, "rope_scaling", dict, {})
-    text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
-    text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    vision = {"in_chans": vision.get("in_channels")} | vision
+    text |= rope                # which holds mrope_section, and in nested files rope_theta
+    vision = setting(path, top, "vision_config", dict, {})
+    vision = {"in_chans": vision.get("in_channels")} | vision       # nested files may call it so
 
     quantised = setting(path, top, "quantization_config", dict, {})
-    for refused, what in (
-        (top.get("model_type") != "qwen2_5_vl", f"model_type {top.get('model_type')!r}"),
-        (quantised, f"quantisation ({quantised.get('quant_method', 'unnamed')})"),
-        (text.get("use_sliding_window"), "use_sliding_window"),
-        *((kind not in (None, "default", "mrope"), f"rope scaling of type {kind}")
-          for kind in (rope.get("rope_type"), rope.get("type"))),
-        *((act not in (None, "silu"), f"activation {act}")
-          for act in (text.get("hidden_act"), vision.get("hidden_act"))),
+    for name, value, supported in (
+        ("model_type", top.get("model_type"), ("qwen2_5_vl",)),
+        ("quant_method", quantised.get("quant_method"), (None,)),
+        ("use_sliding_window", text.get("use_sliding_window"), (None, False)),
+        ("rope_type", rope.get("rope_type"), (None, "default", "mrope")),
+        ("rope_scaling type", rope.get("type"), (None, "default", "mrope")),
+        ("hidden_act", text.get("hidden_act"), (None, "silu")),
+        ("vision hidden_act", vision.get("hidden_act"), (None, "silu")),
     ):
-        if refused:
-            raise ValueError(f"{path}: {what} is not supported; use a published Qwen2.5-VL checkpoint")
+        if value not in supported:
+            raise ValueError(f"{path}: {name} {value!r} is not supported; use a published bfloat16 model")
 
-    def build(cls: type, given: dict, shared: dict) -> Config | VisionConfig:
+    def build(cls: type, given: dict, shared: dict) -> Any:
         values = {field.name: setting(path, given, field.name, field.type, shared.get(field.name))
                   for field in fields(cls)}
         return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
@@ -96,16 +93,15 @@ def load_config(path: str | Path) -> Config:
     tower = build(VisionConfig, vision, SHARED_VISION)
     config = build(Config, text | {"vision": tower}, SHARED)
     heads, section = config.num_attention_heads, config.mrope_section
-    whole = lambda size, part: size > 0 and part > 0 and size % part == 0
-    for right, what in (
-        (whole(config.hidden_size, heads), "hidden_size must be a multiple of num_attention_heads"),
-        (whole(heads, config.num_key_value_heads),
+    multiple = lambda size, part: size > 0 and part > 0 and size % part == 0
+    for right, what in (        # what shapes of weights would not show
+        (multiple(heads, config.num_key_value_heads),
          "num_attention_heads must be a multiple of num_key_value_heads"),
         (len(section) == 3 and 2 * sum(section) * heads == config.hidden_size,
-         "mrope_section must be three numbers that add up to half of a head's channels"),
-        (whole(tower.hidden_size, 4 * tower.num_heads),
+         "mrope_section must be three numbers that add up to half of hidden_size / num_attention_heads"),
+        (multiple(tower.hidden_size, 4 * tower.num_heads),
          "vision hidden_size must be a multiple of 4 x num_heads"),
-        (whole(tower.window_size, tower.patch_size * tower.spatial_merge_size),
+        (multiple(tower.window_size, tower.patch_size * tower.spatial_merge_size),
          "window_size must be a multiple of patch_size x spatial_merge_size"),
         (tower.out_hidden_size == config.hidden_size, "vision out_hidden_size must equal hidden_size"),
     ):
@@ -117,17 +113,17 @@ def load_config(path: str | Path) -> Config:
 def load_generation_config(path: str | Path) -> dict:
     """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
     path = checkpoint(path) / "generation_config.json"
-    saved = read_json(path) if path.exists() else {}
+    if not path.exists():
+        path = path.with_name("config.json")        # Hugging Face then takes the end token from there
+    saved = read_json(path)
+    saved |= setting(path, saved, "text_config", dict, {})
     kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
-    settings = dict(
-        temperature=0.0, repetition_penalty=setting(path, saved, "repetition_penalty", float, 1.0),
-        eos_token_id=setting(path, saved, "eos_token_id", kind, ()),
-        pad_token_id=setting(path, saved, "pad_token_id", int, 0),
-    )
+    eos = setting(path, saved, "eos_token_id", kind, ())
+    defaults = dict(repetition_penalty=1.0, pad_token_id=0)
     if saved.get("do_sample"):
-        defaults = dict(temperature=1.0, top_k=50, top_p=1.0)       # HF's, where the file says nothing
-        settings |= {name: setting(path, saved, name, type(value), value) for name, value in defaults.items()}
-    return settings
+        defaults |= dict(temperature=1.0, top_k=50, top_p=1.0)      # HF's, where the file says nothing
+    settings = {name: setting(path, saved, name, type(value), value) for name, value in defaults.items()}
+    return dict(temperature=0.0, eos_token_id=eos) | settings
 
 
 # ---------------------------------------------------------------------------- weights
@@ -151,19 +147,16 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def published_name(name: str) -> str:
-    """The name in published files of a parameter that has it, or that of Hugging Face's live module."""
-    for live, published in PREFIXES.items():
-        if name.startswith(live):
-            return published + name.removeprefix(live)
-    return name
+    """A parameter's published name, also from its name inside Hugging Face's module (in FSDP's files)."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
+def read_weights(path: Path, device: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names; on the CPU they are views of the mapped files."""
     weights = {}
     for file in weight_files(path):
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            with safe_open(file, framework="pt", device=device) as tensors:
                 weights |= {published_name(name): tensors.get_tensor(name) for name in tensors.keys()}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from None
@@ -185,10 +178,10 @@ def load_model(
     """
     path = checkpoint(path)
     config = load_config(path)
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    devices += ["cuda"] if torch.cuda.is_available() else []
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if device == "auto":
-        device = devices[-1]
+        device = "cuda" if cards else "cpu"
     if str(device) not in devices:
         raise ValueError(f"device {device}: not to be had here; use {' or '.join(devices)}")
     wanted = DTYPES.get(dtype, dtype)
@@ -199,28 +192,18 @@ def load_model(
 
     with torch.device("meta"):      # shapes only: the weights themselves come from the files
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
-    weights = read_weights(path, torch.device(device))
+    weights = read_weights(path, str(device))
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    expected = model.state_dict()
-    misshapen = [f"{name} {tuple(p.shape)} (not {tuple(expected[name].shape)})"
-                 for name, p in weights.items() if name in expected and p.shape != expected[name].shape]
-    for names, what in (
-        (expected.keys() - weights.keys(), "are missing"),
-        (weights.keys() - expected.keys(), "are not part of this model"),
-        (misshapen, "have another shape than config.json says"),
-        ({name for name, p in weights.items() if not p.is_floating_point()}, "are no floating-point numbers"),
-    ):
-        if names:
-            raise ValueError(f"{path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}; "
-                             "are its weights and its config.json of one checkpoint?")
-    embedding = weights["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:       # torch names what is missing, unexpected or of another shape
+        reason = " ".join(str(error).split()).partition(": ")[2][:300]
+        raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
+    del weights                 # or memory would hold all of them twice while they are converted
+    embedding = model.model.embed_tokens.weight
     if tied_head is not None and not torch.equal(tied_head, embedding):
         raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
                          "model.embed_tokens.weight; unset it or drop lm_head.weight")
-    own = embedding.dtype
-    if wanted is None and own not in DTYPES.values():
-        raise ValueError(f"{path}: its weights are {own}; give dtype bfloat16 or float32")
-    for name in weights:        # one by one, so that memory never holds all of them twice
-        weights[name] = weights[name].to(wanted or own)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    if wanted is None and embedding.dtype not in DTYPES.values():
+        raise ValueError(f"{path}: its weights are {embedding.dtype}; give dtype bfloat16 or float32")
+    return model.to(wanted or embedding.dtype).eval().requires_grad_(False)

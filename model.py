@@ -13,7 +13,7 @@ module stores a position.
 
 Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: generate.py
 
-Shapes: B batch, T new tokens, S stored and new tokens, C width, H heads, D head dim.
+Shapes: B batch, T new tokens, S slots attended to, C width, H heads, D head dim.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ LayerCache = tuple[Tensor, Tensor, Tensor]  # slots to write (T,), keys and valu
 
 
 class KVCache:
-    """Keys and values of up to max_tokens tokens, in place from the start: nothing moves while decoding."""
+    """Keys and values of up to max_tokens tokens, allocated once: nothing moves while decoding."""
 
     def __init__(
         self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
@@ -81,7 +81,7 @@ class KVCache:
         return slots
 
     def layers(self, slots: Tensor, S: int) -> list[LayerCache]:
-        """What each layer writes to at `slots`, and attends to: its first S slots."""
+        """For each layer: the slots to write, and its keys and values up to slot S."""
         return [(slots, k, v) for k, v in zip(self.k[:, :, :, :S], self.v[:, :, :, :S])]
 
 
@@ -137,7 +137,7 @@ def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: tor
     keys, queries = torch.arange(S, device=slots.device), slots[:, None]
     visible = (keys <= queries)[None, None]
     if attention_mask is not None:
-        visible = visible & attention_mask[:, None, None, :].bool() | (keys == queries)
+        visible = (visible & attention_mask[:, None, None, :].bool()) | (keys == queries)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 

@@ -2,7 +2,7 @@
 text is tokenized. Start here: this is the first of the six files.
 
 Read from the top: sizes, patches, the conversation as a list of parts, the processor that makes tensors of
-them. Opening pictures and frames comes last and can be skipped.
+them. Loading it, and opening pictures and frames, come last and can be skipped.
 
 Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and frame rates, Qwen2-VL
 (2409.12191) section 2.1. Next: rope.py
@@ -24,16 +24,16 @@ from tokenizers import Tokenizer
 
 # Published preprocessor_config.json, for keys that a checkpoint leaves out.
 MIN_PIXELS = 56 * 56                            # 4 merge groups of 28 x 28 pixels
-MAX_PIXELS = 16384 * 28 * 28                    # 16,384 merge groups: as many tokens for one picture
+MAX_PIXELS = 16384 * 28 * 28                    # at most 16,384 tokens for a picture
 PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE = 14, 2, 2      # pixels, frames, patches
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 
-# Videos (qwen-vl-utils): the frames of one share a budget of pixels; a file is sampled.
+# Videos, as in qwen-vl-utils: the frames share a budget of pixels; animated files are sampled.
 VIDEO_MIN_PIXELS = 128 * 28 * 28                # of a frame
 VIDEO_MAX_PIXELS = 768 * 28 * 28                # of a frame, while the video stays inside its total
-VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # nine tenths of the longest context
+VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # 90 % of a context of 128,000 tokens
 VIDEO_FPS, VIDEO_MIN_FRAMES, VIDEO_MAX_FRAMES = 2.0, 4, 768
 
 # Control tokens of the chat template.
@@ -77,10 +77,7 @@ def smart_resize(
 
 
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
-    """A box of an answer, which is in pixels of the resized picture, in pixels of the original.
-
-    Sizes are (height, width).
-    """
+    """A box of an answer, in pixels of the resized picture, mapped to the original. Sizes: height, width."""
     y, x = original[0] / resized[0], original[1] / resized[1]
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
@@ -108,58 +105,54 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
 @dataclass
 class Part:
     """One piece of a prompt."""
-    kind: str                   # "control", "text", "image" or "video"
+    kind: str                   # "special", "text", "image" or "video"
     text: str                   # what the template writes: a control token, a run of text, a placeholder
     item: dict | None = None    # the message's item, for pictures and videos
 
 
-def conversation(messages: list[dict], add_generation_prompt: bool) -> list[Part]:
+def apply_chat_template(messages: list[dict], add_generation_prompt: bool) -> list[Part]:
     """The chat template. What a user types is a "text" part, and so can never become a control token.
 
     Neighbouring text is one part, the template's own included: tokenized piecewise it would give other ids.
     """
-    parts = []
-
-    def add(kind: str, text: str, item: dict | None = None) -> None:
-        if kind == "text" and parts and parts[-1].kind == "text":
-            parts[-1].text += text
-        else:
-            parts.append(Part(kind, text, item))
-
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"a conversation is a list of messages; {FORM}")
     if messages[0].get("role") != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+    parts = []
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str | list):
             raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
-        add("control", IM_START)
-        add("text", f"{role}\n")
+        parts += [Part("special", IM_START), Part("text", f"{role}\n")]
         for item in [{"text": content}] if isinstance(content, str) else content:
             kind = item_kind(item)
             if kind == "text":
                 if re.search(r"[\ud800-\udfff]", item["text"]):
                     raise ValueError("the text holds half of a surrogate pair; is it UTF-8?")
-                add("text", item["text"])
+                parts.append(Part("text", item["text"]))
             else:
-                add("control", VISION_START)
-                add(kind, IMAGE_PAD if kind == "image" else VIDEO_PAD, item)
-                add("control", VISION_END)
-        add("control", IM_END)
-        add("text", "\n")
+                pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
+                parts += [Part("special", VISION_START), Part(kind, pad, item), Part("special", VISION_END)]
+        parts += [Part("special", IM_END), Part("text", "\n")]
     if add_generation_prompt:
-        add("control", IM_START)
-        add("text", "assistant\n")
-    return parts
+        parts += [Part("special", IM_START), Part("text", "assistant\n")]
+
+    joined = parts[:1]
+    for part in parts[1:]:
+        if part.kind == joined[-1].kind == "text":
+            joined[-1].text += part.text
+        else:
+            joined.append(part)
+    return joined
 
 
 def item_kind(item: object) -> str:
-    """What an item of a content list is; a key named image makes it a picture, whatever its type says."""
+    """What an item of a content list is, by its keys and not by its type. HF: the published template."""
     if isinstance(item, dict):
-        if item.get("type") == "image" or "image" in item or "image_url" in item:
+        if "image" in item or "image_url" in item:
             return "image"
-        if item.get("type") == "video" or "video" in item:
+        if "video" in item:
             return "video"
         if isinstance(item.get("text"), str):
             return "text"
@@ -184,7 +177,7 @@ class Processor:
 
     def prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The template's text, one placeholder per picture or video. ValueError for malformed messages."""
-        return "".join(part.text for part in conversation(messages, add_generation_prompt))
+        return "".join(part.text for part in apply_chat_template(messages, add_generation_prompt))
 
     def decode(self, ids: torch.Tensor | list[int]) -> str:
         """The text of token ids (T,), special tokens left out."""
@@ -199,27 +192,28 @@ class Processor:
         Raises ValueError for malformed messages, and ValueError or OSError for files it cannot read.
         """
         several = isinstance(messages, list) and messages and isinstance(messages[0], list)
-        batch = messages if several else [messages]
+        token_id = self.tokenizer.token_to_id
         media, rows = dict(image=[], video=[]), []      # media: (patches, grid, seconds per temporal patch)
-        for one in batch:
-            row = []                                                    # of (id, type, mask)
-            for part in conversation(one, add_generation_prompt):
+        for conversation in messages if several else [messages]:
+            row = []
+            for part in apply_chat_template(conversation, add_generation_prompt):
                 if part.kind == "text":
                     ids = self.tokenizer.encode(part.text, add_special_tokens=False).ids
                 else:
-                    ids = [self.tokenizer.token_to_id(part.text)]
+                    ids = [token_id(part.text)]
                 if part.item is not None:
                     frames, limits, interval = self.open(part.kind, part.item)
                     patches, grid = self.patches(frames, *limits)
                     media[part.kind].append((patches, grid, interval))
                     ids *= math.prod(grid) // self.merge_size**2        # a placeholder per merge group
-                row += [(i, {"image": 1, "video": 2}.get(part.kind, 0), 1) for i in ids]
+                row += ids
             rows.append(row)
 
-        T, pad = max(map(len, rows)), (self.tokenizer.token_to_id(ENDOFTEXT), 0, 0)
-        table = torch.tensor([[pad] * (T - len(row)) + row for row in rows])
-        inputs = dict(zip(("input_ids", "mm_token_type_ids", "attention_mask"), table.unbind(dim=2)))
-        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"].int()
+        T = max(map(len, rows))
+        input_ids = torch.tensor([[token_id(ENDOFTEXT)] * (T - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+        types = (input_ids == token_id(IMAGE_PAD)).int() + 2 * (input_ids == token_id(VIDEO_PAD)).int()
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if media[kind]:
                 patches, grids, intervals = zip(*media[kind])
@@ -255,17 +249,16 @@ class Processor:
         return patchify(x, self.patch_size, self.temporal_patch_size, self.merge_size)
 
 
+# ---------------------------------------------------------------------------- loading
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError where it is missing, ValueError where it is broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
         raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON {type(content).__name__} and not an object; download it again")
-    return content
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}); download it again") from None
 
 
 def fits(value: object, kind: type) -> bool:
@@ -290,8 +283,6 @@ def setting(path: Path, content: dict, name: str, kind: type, default: object = 
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    if not path.exists():
-        raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:      # the library raises nothing narrower
@@ -311,27 +302,26 @@ def load_processor(
     Raises OSError where a file is missing, ValueError where it is broken or the limits make no sense.
     """
     path = Path(path)
-    both, video = path / "processor_config.json", path / "video_preprocessor_config.json"
-    nested = read_json(both) if both.exists() else {}       # transformers 5 writes one file for the two
-    frame = read_json(video) if video.exists() else setting(both, nested, "video_processor", dict, {})
-    picture = setting(both, nested, "image_processor", dict, {})
-    picture = picture or read_json(path / "preprocessor_config.json")
-    size, frame_size = (setting(path, settings, "size", dict, {}) for settings in (picture, frame))
+    both, separate = path / "processor_config.json", path / "video_preprocessor_config.json"
+    nested = read_json(both) if both.exists() else {}       # transformers 5: one file for pictures and videos
+    image = setting(both, nested, "image_processor", dict, {}) or read_json(path / "preprocessor_config.json")
+    video = read_json(separate) if separate.exists() else setting(both, nested, "video_processor", dict, {})
+    size, video_size = (setting(path, settings, "size", dict, {}) for settings in (image, video))
     if min_pixels is None:
-        min_pixels = setting(path, picture, "min_pixels", int, size.get("shortest_edge", MIN_PIXELS))
+        min_pixels = setting(path, image, "min_pixels", int, size.get("shortest_edge", MIN_PIXELS))
     if max_pixels is None:
-        max_pixels = setting(path, picture, "max_pixels", int, size.get("longest_edge", MAX_PIXELS))
+        max_pixels = setting(path, image, "max_pixels", int, size.get("longest_edge", MAX_PIXELS))
     if not 0 < min_pixels <= max_pixels:
         raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
     return Processor(
         load_tokenizer(path / "tokenizer.json"), min_pixels, max_pixels,
-        setting(video, frame_size, "shortest_edge", int, VIDEO_MIN_PIXELS),
-        setting(video, frame_size, "longest_edge", int, 0),
-        setting(path, picture, "patch_size", int, PATCH_SIZE),
-        setting(path, picture, "temporal_patch_size", int, TEMPORAL_PATCH_SIZE),
-        setting(path, picture, "merge_size", int, MERGE_SIZE),
-        setting(path, picture, "image_mean", tuple[float, ...], IMAGE_MEAN),
-        setting(path, picture, "image_std", tuple[float, ...], IMAGE_STD),
+        video_min_pixels=setting(path, video_size, "shortest_edge", int, VIDEO_MIN_PIXELS),
+        video_max_pixels=setting(path, video_size, "longest_edge", int, 0),
+        patch_size=setting(path, image, "patch_size", int, PATCH_SIZE),
+        temporal_patch_size=setting(path, image, "temporal_patch_size", int, TEMPORAL_PATCH_SIZE),
+        merge_size=setting(path, image, "merge_size", int, MERGE_SIZE),
+        image_mean=setting(path, image, "image_mean", tuple[float, ...], IMAGE_MEAN),
+        image_std=setting(path, image, "image_std", tuple[float, ...], IMAGE_STD),
     )
 
 
@@ -343,13 +333,13 @@ def local_path(source: object) -> Path:
         raise ValueError(f"a picture is a path or a PIL image, not {type(source).__name__}; {FORM}")
     if re.match(r"(?i)[a-z]+:/|data:", str(source)):
         raise ValueError(f"{str(source)[:60]}: URLs are not fetched; download it first and give its path")
-    if not os.path.exists(source):      # False for "" and for names too long, where Path has other answers
+    if not os.path.exists(source):      # to Path "" is the working directory, and too long a name an error
         raise OSError(f"{source}: no such file; check the path")
     return Path(source)
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
-    """Each frame of a picture file and the seconds it stands; one frame where nothing moves."""
+    """Each frame of a picture file and how many seconds it is shown; one frame for a still picture."""
     if path.suffix.lower() in (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"):
         raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
@@ -358,7 +348,7 @@ def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
-    except Exception as error:      # of a broken file decoders raise what they stumble on
+    except Exception as error:      # decoders raise anything on a broken file
         raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or as PNG") from None
 
 
@@ -390,10 +380,8 @@ def open_video(item: dict) -> tuple[list[Image.Image], float]:
         # By the numbers in the names: frame9 comes before frame10.
         numbers = lambda file: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", file.name)]
         source = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=numbers)
-    if not source:
-        raise ValueError("a video without frames; give a list of pictures, or a folder of them, numbered")
-    if fps is None:
-        raise ValueError("frames need the rate at which they were taken: give fps")
+    if not source or fps is None:
+        raise ValueError("a video needs frames and fps, the rate at which they were taken; give both")
     return [open_image(frame) for frame in source], 1 / fps
 
 

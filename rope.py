@@ -104,13 +104,14 @@ def mrope_positions(
     intervals = [] if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
     if len(videos) != len(intervals):
         raise ValueError(f"{len(videos)} videos but {len(intervals)} second_per_grid_ts: pass one for each")
-    waiting = {     # for each kind of placeholder what is still to come; a picture's time stands still
+    waiting = {     # by placeholder, the items still to come; a picture has no time
         image_token_id: [(t, h // merge_size, w // merge_size, 0.0) for t, h, w in images],
         video_token_id: [(t, h // merge_size, w // merge_size, s) for (t, h, w), s in zip(videos, intervals)],
     }
 
     real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-    position_ids, next_position = torch.zeros(3, *input_ids.shape, dtype=torch.int64), []
+    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.int64)
+    next_position = []
     for b in range(len(input_ids)):
         ids, positions, start = input_ids[b, real[b]].tolist(), [], 0
         while len(positions) < len(ids):

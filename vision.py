@@ -2,9 +2,9 @@
 
 Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
-Most blocks attend inside windows, a few inside the whole frame, none across frames or items: time exists only
-in the decoder. A patch is 14 pixels a side, a merge group 28 (2 x 2 patches, one token for the decoder), a
-window 112.
+Most blocks attend inside windows, a few inside the whole frame, none across frames or items: but for the two
+frames of a patch, time exists only in the decoder. A patch is 14 pixels a side, a merge group 28 (2 x 2
+patches, one token for the decoder), a window 112.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
 
@@ -67,8 +67,8 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# What a query may see: every key (None); as many queries as keys, those up to itself (CAUSAL, which takes no
-# memory); or what a tensor says that is added to the scores and broadcasts to (B, 1, T, S).
+# What a query may attend to. None: every key. CAUSAL: keys up to itself, where there are as many keys as
+# queries; no mask tensor is made. A tensor: added to the scores, broadcasts to (B, 1, T, S).
 CAUSAL = "causal"
 Mask = Tensor | str | None
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
@@ -151,10 +151,10 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
         groups = torch.arange(first, first + t * h * w).view(t, h, w)
         bottom, right = h % window, w % window
         regions, runs = [], []
-        for rows, wh in ((slice(0, h - bottom), window), (slice(h - bottom, h), bottom)):
-            for columns, ww in ((slice(0, w - right), window), (slice(w - right, w), right)):
-                region = groups[:, rows, columns]
+        for band in groups.split((h - bottom, bottom), dim=1):
+            for region in band.split((w - right, right), dim=2):
                 if region.numel() > 0:
+                    wh, ww = min(window, region.shape[1]), min(window, region.shape[2])
                     windows = region.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3)
                     regions.append(windows.flatten(1))      # from (t, down, across, wh, ww)
                     runs.append((windows.shape[1] * windows.shape[2], wh * ww * merge_size**2))
@@ -187,10 +187,10 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layouts: list[Layout]) -> Tensor:
-        qk, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).split((2, 1), dim=1)
-        qk = rotate(qk.float(), cos, sin).to(x.dtype)
+        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))                             # (N, 3, H, D)
+        q, k = rotate(qkv[:, :2].float(), cos, sin).to(x.dtype).unbind(1)                   # (N, H, D) each
         sizes = [layout.patches for layout in layouts]
-        items = zip(*(y.split(sizes) for y in (qk[:, 0], qk[:, 1], v[:, 0])), layouts)      # (N, H, D) each
+        items = zip(q.split(sizes), k.split(sizes), qkv[:, 2].split(sizes), layouts)
         return self.proj(torch.cat([attend_windows(self.attend, *item) for item in items]))
 
 
@@ -234,22 +234,21 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Vision tokens (N / 4, out_hidden_size), merge groups in reading order: time, row, column.
 
-        pixel_values: (N, 1176), rows in merge-group order. grid_thw: (items, 3) int64, on the CPU: from
-        elsewhere it has to be fetched.
+        pixel_values: (N, 1176), rows in merge-group order. grid_thw: (items, 3) int64, best on the CPU:
+        from a GPU it must be fetched, which waits.
         """
-        config, weight = self.config, self.patch_embed.proj.weight
-        merge, in_groups = config.spatial_merge_size, (-1, config.spatial_merge_size**2)
+        config, weight, merge = self.config, self.patch_embed.proj.weight, self.config.spatial_merge_size
         order, windowed = window_order(grid_thw, merge, config.window_size // (config.patch_size * merge))
         full = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
-        positions = vision_positions(grid_thw, merge).unflatten(0, in_groups)[order].flatten(0, 1)
-        order, back, positions = (
+        positions = vision_positions(grid_thw, merge)
+        order, inverse, positions = (
             x.to(weight.device, non_blocking=True) for x in (order, order.argsort(), positions))
 
-        cos, sin = vision_rotary(positions, config.hidden_size // config.num_heads)
-        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): q and k, all heads
         # Into window order once, and out of it once at the end: full blocks don't mind.
-        x = self.patch_embed(pixel_values.to(weight.dtype))                                     # (N, C)
-        x = x.unflatten(0, in_groups)[order].flatten(0, 1)
+        to_windows = lambda x: x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+        x = to_windows(self.patch_embed(pixel_values.to(weight.dtype)))                         # (N, C)
+        cos, sin = vision_rotary(to_windows(positions), config.hidden_size // config.num_heads)
+        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): q and k, all heads
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, full if i in config.fullatt_block_indexes else windowed)
-        return self.merger(x)[back]
+        return self.merger(x)[inverse]

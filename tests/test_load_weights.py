@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -100,14 +99,14 @@ def test_dialect_read_otherwise(size, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(quantization_config=dict(quant_method="awq")), r"quantisation \(awq\)"),
+    (dict(quantization_config=dict(quant_method="awq")), "quant_method 'awq' is not supported"),
     (dict(use_sliding_window=True), "use_sliding_window"),
     (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])),
-     "rope scaling of type yarn"),
-    (dict(hidden_act="gelu"), "activation gelu"),
+     "rope_scaling type 'yarn' is not supported"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(hidden_size=None), "no hidden_size; download it again"),
-    (dict(num_attention_heads=27), "hidden_size must be a multiple of num_attention_heads"),
-    (dict(num_attention_heads=0), "hidden_size must be a multiple of num_attention_heads"),
+    (dict(num_attention_heads=28 * 2), "half of hidden_size / num_attention_heads"),
+    (dict(num_attention_heads=0), "num_attention_heads must be a multiple"),
     (dict(num_key_value_heads=3), "num_attention_heads must be a multiple of num_key_value_heads"),
     (dict(rope_scaling=dict(mrope_section=[16, 24, 25])), "mrope_section must be three numbers that add up"),
     (dict(rope_scaling=dict(mrope_section=[32, 32])), "mrope_section must be three numbers that add up"),
@@ -169,12 +168,12 @@ def test_left_in_training_mode(saved):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("visual.merger.ln_q.weight"), "1 tensors are missing: visual.merger.ln_q.weight"),
-    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of this model: extra"),
+    (lambda w: w.pop("visual.merger.ln_q.weight"), r"Missing key\(s\) .*visual.merger.ln_q.weight"),
+    (lambda w: w.update(extra=torch.zeros(1)), r"Unexpected key\(s\) .*extra"),
     (lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
-     r"another shape .*: model.norm.weight \(3,\) \(not \(256,\)"),
+     "size mismatch for model.norm.weight.*one checkpoint"),
     (lambda w: w.update({"model.norm.weight": torch.ones(256, dtype=torch.int8)}),
-     "1 tensors are no floating-point numbers: model.norm.weight; are its weights and its"),
+     r"model.norm.weight.*Only Tensors of floating point.*one checkpoint"),
 ])
 def test_tensor_never_loaded(saved, change, message):
     directory, _ = saved
@@ -186,7 +185,7 @@ def test_tensor_never_loaded(saved, change, message):
 
 
 def test_tied_head_silently_untied(saved):
-    directory, pair = saved
+    directory, _ = saved
     config = json.loads((directory / "config.json").read_text())
     write(directory, config | dict(tie_word_embeddings=True))
     weights = merge(directory)
@@ -194,7 +193,7 @@ def test_tied_head_silently_untied(saved):
         load_model(directory)
     no_embedding = {name: p for name, p in weights.items() if "embed_tokens" not in name}
     save_file(no_embedding, directory / "model.safetensors")
-    with pytest.raises(ValueError, match="1 tensors are missing: model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"Missing key\(s\) .*model.embed_tokens.weight"):
         load_model(directory)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, directory / "model.safetensors")
@@ -202,9 +201,6 @@ def test_tied_head_silently_untied(saved):
     del weights["lm_head.weight"]
     save_file(weights, directory / "model.safetensors")
     assert same(tied, load_model(directory))
-    untied = Qwen2_5_VL(replace(tied.config, tie_word_embeddings=False)).requires_grad_(False)
-    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": weights["model.embed_tokens.weight"]})
-    assert same(tied, untied)
 
 
 def leave_pickles(directory):
@@ -221,8 +217,8 @@ def leave_pickles(directory):
     (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError,
      "neither model.safetensors nor an index"),
     (lambda d: (d / "config.json").unlink(), OSError, "config.json: no such file"),
-    (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
-    (lambda d: (d / "config.json").write_text("[]"), ValueError, "a JSON list and not an object"),
+    (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json: not a JSON object"),
+    (lambda d: (d / "config.json").write_text("[]"), ValueError, "config.json: not a JSON object"),
     (lambda d: (d / INDEX).write_text("{}"), ValueError, "no weight_map; download it again"),
     (lambda d: (d / INDEX).write_text('{"weight_map": {"a": ".."}}'), OSError, r"shards \.\. are missing"),
 ])
@@ -296,6 +292,12 @@ def test_hub_failure_ends_in_a_traceback(monkeypatch):
 def test_generation_defaults_differ(saved, expected, tmp_path):
     write(tmp_path, saved, "generation_config.json")
     assert load_generation_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("config", [dict(eos_token_id=7), dict(text_config=dict(eos_token_id=7))], ids=str)
+def test_no_end_without_generation_config(config, tmp_path):
+    """It then stands in config.json, as for Hugging Face."""
+    assert load_generation_config(write(tmp_path, config))["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize("change, message", [

@@ -326,7 +326,7 @@ def test_malformed_conversation_answered(processor, messages, message):
 
 
 def test_no_video_ends_in_a_traceback(processor, tmp_path):
-    with pytest.raises(ValueError, match="a video without frames"):
+    with pytest.raises(ValueError, match="a video needs frames"):
         processor(video(tmp_path, fps=2))
     RED.save(tmp_path / "1.png")
     with pytest.raises(ValueError, match="not an animation with frame times; give a folder"):
@@ -340,7 +340,7 @@ def test_damaged_processor_files_end_in_a_traceback(published, tmp_path):
     with pytest.raises(OSError, match="preprocessor_config.json: no such file"):
         load_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(OSError, match="tokenizer.json: no such file"):
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer .No such file"):
         load_processor(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):

@@ -121,7 +121,8 @@ def test_evaluation_without_its_table_or_failures(tmp_path, capsys, monkeypatch)
 
 def test_f1_counts_a_box_twice():
     one, two = (f'{{"bbox_2d": [0, 0, 40, 40], "label": "red {shape}"}}' for shape in ("circle", "star"))
-    f1 = lambda expected, got: train_tiny.f1([train_tiny.Answer("every", "", expected, got, [])])
+    question = lambda expected: scenes.Question("every", "", [(expected, 0)])
+    f1 = lambda expected, got: train_tiny.f1([train_tiny.Answer(question(expected), None, got)])
     assert f1(one, one) == 1 and f1(one, one + one) == pytest.approx(2 / 3) and f1(one, two) == 0
     assert train_tiny.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
 

@@ -21,6 +21,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -195,7 +196,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def compare(
-    size: str, what: str, ours: Callable[[], object], hf: Callable[[], object], device: str,
+    device: str, size: str, what: str, ours: Callable, hf: Callable,
     clock: Callable[[Callable, str], float] = seconds,
 ) -> Row:
     """Both timed in turns; on CUDA HF runs with and without cuDNN attention, and the better time counts."""
@@ -229,34 +230,31 @@ def bytes_per_token(model: Qwen2_5_VL) -> int:
 def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> list[Row]:
     check(size, device, dtype)
     hf, ours = make_pair(size, device, dtype)
-    cuda, threads, rows = device == "cuda", torch.get_num_threads(), []
+    cuda, threads, rows, timed = device == "cuda", torch.get_num_threads(), [], partial(compare, device, size)
     if size == "host":      # where the host is the limit and not the arithmetic
         torch.set_num_threads(1)
     if size not in ("3B", "7B", "32B"):
         with tempfile.TemporaryDirectory() as directory:
             hf.save_pretrained(directory)
-            rows.append(compare(
-                size, "loading, file in memory", lambda: load_model(directory, device),
-                lambda: type(hf).from_pretrained(directory, dtype="auto").to(device), device))
+            theirs = lambda: type(hf).from_pretrained(directory, dtype="auto").to(device)
+            rows.append(timed("loading, file in memory", lambda: load_model(directory, device), theirs))
     for side in (896, 1792) if cuda else (224, 448):
         pixels, grid = picture(side, dtype, device)
-        rows.append(compare(
-            size, f"vision, {side} x {side}", lambda: ours.visual(pixels, grid),
-            lambda: hf.model.visual(pixels, grid_thw=grid.to(device)), device))
+        theirs = lambda: hf.model.visual(pixels, grid_thw=grid.to(device))
+        rows.append(timed(f"vision, {side} x {side}", lambda: ours.visual(pixels, grid), theirs))
     inputs = prompt(ours.config, 896 if cuda else 224, 64, dtype, device)
-    mine, plain, theirs, static = (
-        lambda n: ours_tokens(ours, inputs, n), lambda n: ours_tokens(ours, inputs, n, graph=False),
-        lambda n: hf_tokens(hf, inputs, n), lambda n: hf_tokens(hf, inputs, n, cache_implementation="static"))
-    rows.append(compare(
-        size, f"first token of {inputs['input_ids'].shape[1]}", lambda: mine(1), lambda: theirs(1), device))
+    mine, theirs = lambda n: ours_tokens(ours, inputs, n), lambda n: hf_tokens(hf, inputs, n)
+    rows.append(timed(f"first token of {inputs['input_ids'].shape[1]}", lambda: mine(1), lambda: theirs(1)))
 
     count = 64 if cuda else 8 if size == "layer" else 32
     per_token = lambda tokens, device: (        # an answer of count + 1 tokens less one of a single token
         seconds(lambda: tokens(count + 1), device) - seconds(lambda: tokens(1), device)) / count
-    decode = compare(size, "decode, per token", mine, theirs, device, per_token)
+    decode = timed("decode, per token", mine, theirs, per_token)
     decode.remark = f"{100 * bytes_per_token(ours) / bandwidth / median(decode.ours):.0f} % of copy bandwidth"
     rows.append(decode)
     if cuda:
+        plain = lambda n: ours_tokens(ours, inputs, n, graph=False)
+        static = lambda n: hf_tokens(hf, inputs, n, cache_implementation="static")
         if mine(count) != plain(count):
             raise ValueError(f"{size}: the graph and the plain loop give other tokens")
         slower = median(per_token(plain, device) for _ in range(PAIRS))
@@ -265,7 +263,7 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
             torch.cuda.reset_peak_memory_stats()
             tokens(8)
             decode.remark += f"; {name} {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        rows.append(compare(size, "decode, HF static and compiled", mine, static, device, per_token))
+        rows.append(timed("decode, HF static and compiled", mine, static, per_token))
     torch.set_num_threads(threads)
     return rows
 
@@ -279,8 +277,8 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
     sides, contexts, times, steps = (112, 224, 336, 448, 560, 672), (256, 1024, 2048, 4096), [], []
     for side in sides:
         pixels, grid = picture(side, dtype, device)
-        times.append(compare("", "", lambda: ours.visual(pixels, grid),
-                             lambda: hf.model.visual(pixels, grid_thw=grid.to(device)), device))
+        theirs = lambda: hf.model.visual(pixels, grid_thw=grid.to(device))
+        times.append(compare(device, "", "", lambda: ours.visual(pixels, grid), theirs))
     for context in contexts:
         x = torch.zeros(1, 1, 2048, dtype=dtype, device=device)
         position = torch.full((3, 1, 1), context, device=device)
@@ -291,7 +289,7 @@ def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
         past.update(filled, filled, 0)
         theirs = lambda: hf.lm_head(hf.model.language_model(
             inputs_embeds=x, position_ids=position, past_key_values=past).last_hidden_state)
-        steps.append(compare("", "", lambda: ours.decode(x, position, None, cache), theirs, device))
+        steps.append(compare(device, "", "", lambda: ours.decode(x, position, None, cache), theirs))
 
     matrix = torch.randn(2048, 2048, dtype=dtype, device=device)
     flops = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))

@@ -195,11 +195,11 @@ def weights_of(model: Qwen2_5_VL, inputs: dict, answer: torch.Tensor) -> torch.T
         kept.append(attention_weights(q, k, mask))
         return kept[-1] @ repeat_heads(v, q.shape[1])
 
-    watched = Qwen2_5_VL(model.config, attend).requires_grad_(False)
-    watched.load_state_dict(model.state_dict())
+    for layer in model.model.layers:
+        layer.self_attn.attend = attend
     ids = torch.cat((inputs["input_ids"], answer[None]), dim=1)
-    watched(ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
-    return torch.cat(kept[-model.config.num_hidden_layers:])[:, :, -1 - len(answer):-1]     # one ahead
+    model.float()(ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+    return torch.cat(kept)[:, :, -1 - len(answer):-1]       # of the tokens one ahead
 
 
 def draw_attention(out: Path) -> dict:

@@ -37,6 +37,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,9 +134,6 @@ class Batches(torch.utils.data.Dataset):
         self.processor, self.seed, self.size, self.steps = processor, seed, size, steps
         tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())        # one that reads control tokens
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-
-    def __len__(self) -> int:
-        return self.steps
 
     def branch(self, asked: str, question: Question) -> tuple[list[int], list[int], list[int]]:
         """Ids of a question, `asked`, and its answer; of each the next one, where that is to be learned; and
@@ -394,13 +392,10 @@ def draw_curve(log: Path, path: Path) -> None:
 
 # ---------------------------------------------------------------------------- evaluation
 
-@dataclass
-class Answer:
-    kind: str
-    question: str
-    expected: str
+class Answer(NamedTuple):
+    question: Question
+    sample: Sample
     got: str
-    pictures: list[Image.Image]
 
 
 def iou(a: Box, b: Box) -> float:
@@ -411,7 +406,7 @@ def iou(a: Box, b: Box) -> float:
 
 def overlap(answer: Answer) -> float:
     """IoU of the one box that was asked for; 0 where the label is another."""
-    (box, label), *_ = read_boxes(answer.expected)
+    (box, label), *_ = read_boxes(answer.question.expected)
     return max((iou(box, other) for other, said in read_boxes(answer.got) if said == label), default=0.0)
 
 
@@ -419,7 +414,7 @@ def f1(answers: list[Answer]) -> float:
     """Of boxes with the right label and an IoU above 0.5, each found once."""
     hits = total = 0
     for answer in answers:
-        expected, got = read_boxes(answer.expected), read_boxes(answer.got)
+        expected, got = read_boxes(answer.question.expected), read_boxes(answer.got)
         total += len(expected) + len(got)
         for box, label in got:
             match = next((e for e in expected if e[1] == label and iou(e[0], box) > 0.5), None)
@@ -431,9 +426,10 @@ def f1(answers: list[Answer]) -> float:
 
 def good(answer: Answer) -> bool:
     """Whether an answer counts as right: boxes by their overlap, the rest to the letter."""
-    if answer.kind == "locate":
+    kind, expected = answer.question.kind, answer.question.expected
+    if kind == "locate":
         return len(read_boxes(answer.got)) == 1 and overlap(answer) > 0.5
-    return answer.expected == answer.got or answer.kind == "every" and f1([answer]) == 1
+    return answer.got == expected or kind == "every" and f1([answer]) == 1
 
 
 def asked(seed: int, scenes: int, kinds: tuple[str, ...]) -> Iterator[tuple[Question, Sample]]:
@@ -454,8 +450,7 @@ def answers(path: Path, seed: int, scenes: int, kinds: tuple[str, ...] = KINDS) 
     while batch := list(itertools.islice(questions, 64)):
         inputs = processor([conversation(*pair) for pair in batch])
         for (question, sample), ids in zip(batch, torch.stack(list(generate(model, inputs, **settings)), 1)):
-            yield Answer(question.kind, question.text, question.expected, processor.decode(ids),
-                         sum(sample.pictures, []))
+            yield Answer(question, sample, processor.decode(ids))
 
 
 def table(collected: list[Answer]) -> str:
@@ -473,7 +468,7 @@ def table(collected: list[Answer]) -> str:
         ("video", "Which way does the circle move?", "exact", share, 0.95),
         ("compare", "Which image has more objects?", "exact", share, 0.90),
     ):
-        reached = score([answer for answer in collected if answer.kind == kind])
+        reached = score([answer for answer in collected if answer.question.kind == kind])
         lines.append(f"| {question} | {measure} | {reached:.1%} | {aim:.0%} |")
     return "\n".join(lines)
 
@@ -483,13 +478,14 @@ def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
     wrong = [answer for answer in collected if not good(answer)]
     figure, axes = plt.subplots(4, 4, figsize=(14, 15))
     for axis, answer in zip(axes.flat, random.Random(seed).sample(wrong, min(16, len(wrong)))):
-        axis.imshow(np.concatenate(answer.pictures[::max(1, len(answer.pictures) - 1)], axis=1))
-        for text, color in ((answer.expected, "black"), (answer.got, "red")):
+        pictures = sum(answer.sample.pictures, [])      # the first and the last of them
+        axis.imshow(np.concatenate(pictures[::max(1, len(pictures) - 1)], axis=1))
+        for text, color in ((answer.question.expected, "black"), (answer.got, "red")):
             for (x1, y1, x2, y2), _ in read_boxes(text):
                 axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color))
         short = lambda text: "; ".join(f"{label} {box}" for box, label in read_boxes(text)) or text
-        title = f"{answer.question}\n{short(answer.expected)}\n{short(answer.got)}"
-        axis.set_title(title, fontsize=7, wrap=True)
+        said = short(answer.question.expected), short(answer.got)
+        axis.set_title("\n".join((answer.question.text, *said)), fontsize=7, wrap=True)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
