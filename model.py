@@ -157,12 +157,8 @@ class Qwen2_5_VL(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def positions(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        second_per_grid_ts: Tensor | list[float] | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None, second_per_grid_ts: Tensor | list[float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`rope.mrope_positions` with this model's token ids and sizes."""
         config = self.config

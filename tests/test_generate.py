@@ -152,14 +152,10 @@ def test_half_a_character_is_shown(published):
 # ---------------------------------------------------------------------------- the command line
 
 def test_first_command_says_more_than_the_answer(capsys):
-    """`python generate.py`: the answer on stdout and nothing else, the rest on stderr."""
+    """The answer on stdout and nothing else; what stands on stderr test_readme.py looks at."""
     assert main([]) == 0
     out, err = capsys.readouterr()
-    assert "a " in out and out.endswith(".\n") and out.count("\n") == 1
-    named, before, after = err.splitlines()
-    assert named == "tiny is asked about assets/demo.png: Describe the image."
-    assert before.startswith("224x168; ") and " tokens; weights 0.006 GB, cache 0." in before
-    assert after.startswith("first token after ") and " tokens; peak memory " in after
+    assert out.endswith(".\n") and out.count("\n") == 1 and len(err.splitlines()) == 3
 
 
 def test_flags_without_effect(capsys, tmp_path):

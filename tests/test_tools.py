@@ -110,15 +110,6 @@ def test_training_does_not_resume(tmp_path, capsys):
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-def test_evaluation_without_its_table_or_failures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_tiny.py", "--evaluate", "tiny", "--scenes", "3", "--seed", "9",
-                                     "--failures", str(tmp_path / "wrong.png")])
-    train_tiny.main()
-    rows = capsys.readouterr().out.strip().splitlines()
-    assert len(rows) == 10 and rows[2].startswith("| Describe the image. | exact | ")
-    assert (tmp_path / "wrong.png").exists()
-
-
 def test_f1_counts_a_box_twice():
     one, two = (f'{{"bbox_2d": [0, 0, 40, 40], "label": "red {shape}"}}' for shape in ("circle", "star"))
     question = lambda expected: scenes.Question("every", "", [(expected, 0)])

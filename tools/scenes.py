@@ -46,17 +46,15 @@ def shape_mask(shape: str, size: int, smooth: bool) -> Image.Image:
     """The shape in white on black, cropped to its extent."""
     n = size * (4 if smooth else 1)
     mask = Image.new("L", (n, n))
-    draw = ImageDraw.Draw(mask)
+    draw, last = ImageDraw.Draw(mask), n - 1
+    star = [(n / 2 * (1 + r * math.sin(math.pi * k / 5)), n / 2 * (1 - r * math.cos(math.pi * k / 5)))
+            for k, r in enumerate([1, 0.4] * 5)]
+    corners = dict(square=[(0, 0), (last, 0), (last, last), (0, last)], star=star,
+                   triangle=[(n / 2, 0), (last, last), (0, last)])
     if shape == "circle":
-        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
-    elif shape == "square":
-        draw.rectangle((0, 0, n - 1, n - 1), fill=255)
-    elif shape == "triangle":
-        draw.polygon([(n / 2, 0), (n - 1, n - 1), (0, n - 1)], fill=255)
+        draw.ellipse((0, 0, last, last), fill=255)
     else:
-        points = [(n / 2 * (1 + r * math.sin(math.pi * k / 5)), n / 2 * (1 - r * math.cos(math.pi * k / 5)))
-                  for k, r in enumerate([1, 0.4] * 5)]
-        draw.polygon(points, fill=255)
+        draw.polygon(corners[shape], fill=255)
     mask = mask.resize((size, size), Image.Resampling.BOX)
     return mask.crop(mask.getbbox())
 

@@ -425,11 +425,9 @@ def f1(answers: list[Answer]) -> float:
 
 
 def good(answer: Answer) -> bool:
-    """Whether an answer counts as right: boxes by their overlap, the rest to the letter."""
+    """Whether an answer counts as right: boxes by label and overlap, the rest to the letter."""
     kind, expected = answer.question.kind, answer.question.expected
-    if kind == "locate":
-        return len(read_boxes(answer.got)) == 1 and overlap(answer) > 0.5
-    return answer.got == expected or kind == "every" and f1([answer]) == 1
+    return answer.got == expected or kind in ("locate", "every") and f1([answer]) == 1
 
 
 def asked(seed: int, scenes: int, kinds: tuple[str, ...]) -> Iterator[tuple[Question, Sample]]:
