@@ -135,8 +135,6 @@ def published(tmp_path_factory):
     return directory, tokenizer
 
 
-# ---------------------------------------------------------------------------- inputs
-
 def prompts(rows, seed=0, first=0):
     """A left-padded batch in the shape of a processor's dict. A row is a list of: how many tokens of text, a
     picture as (h, w) or a video as (t, h, w, seconds per grid), sizes in patches. Row number `first` + i of a

@@ -91,6 +91,7 @@ def test_difference_is_not_seen(tmp_path, capsys):
     assert trace.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "other.npz")]) == 0
     assert "visual.blocks.2          only in the first" in capsys.readouterr().out
     assert trace.main(["tiny"]) == 2 and "give a checkpoint and -o FILE" in capsys.readouterr().err
+    assert trace.main(["LICENSE", "LICENSE"]) == 2 and "LICENSE: not a trace" in capsys.readouterr().err
 
 
 def test_further_from_float64_than_hugging_face(monkeypatch):

@@ -38,8 +38,6 @@ def theirs(hf, inputs, seed=None, **settings):
     return out.sequences[:, inputs["input_ids"].shape[1]:], out.logits
 
 
-# ---------------------------------------------------------------------------- against Hugging Face
-
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_decoding_at_the_cache_length(pair, rows, penalty, monkeypatch):
@@ -80,8 +78,6 @@ def test_decoding_drifts_from_one_pass(pair, monkeypatch):
     whole = pair.ours(**inputs | dict(input_ids=ids, attention_mask=None))
     assert_close("itself: chunked and cached = one pass", torch.stack(logits, 1), whole[:, -9:-1])
 
-
-# ---------------------------------------------------------------------------- the loop
 
 def test_penalty_for_pads_or_answer_only(pairs):
     """It counts prompt and answer, and not what fills a row up: a padded row answers as it does alone."""
@@ -148,8 +144,6 @@ def test_half_a_character_is_shown(published):
     cut = processor.tokenizer.encode("𓀀").ids[:-1]
     assert "".join(stream_text(cut, processor)).endswith("\N{REPLACEMENT CHARACTER}")
 
-
-# ---------------------------------------------------------------------------- the command line
 
 def test_first_command_says_more_than_the_answer(capsys):
     """The answer on stdout and nothing else; what stands on stderr test_readme.py looks at."""

@@ -124,8 +124,6 @@ def test_config_computed_wrongly_instead_of_refused(change, message, tmp_path):
         load_config(write(tmp_path, flat("7B") | change))
 
 
-# ---------------------------------------------------------------------------- weights
-
 @pytest.fixture
 def saved(tmp_path):
     """A directory with the seeded model, written by Hugging Face in two or more shards; and that model."""
@@ -252,8 +250,6 @@ def anonymous_bytes():
     with open(f"/proc/{os.getpid()}/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
-
-# ---------------------------------------------------------------------------- names and settings
 
 def test_missing_checkpoint_loaded_as_no_settings():
     for name in ("nothing", "./no/where", "/nowhere", ""):

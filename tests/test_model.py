@@ -39,8 +39,6 @@ def in_chunks(model, inputs, padded=False):
     return torch.cat(out, dim=1)
 
 
-# ---------------------------------------------------------------------------- the seeded weights
-
 def test_attention_too_flat_to_show_a_bug(pairs, monkeypatch):
     """In every layer the median over queries and heads of largest weight x number of keys is 5 or more."""
     model, peaks = pairs("eager").ours, {}
@@ -56,8 +54,6 @@ def test_attention_too_flat_to_show_a_bug(pairs, monkeypatch):
     assert len(peaks) == 8
     assert min(torch.cat(values).median() for values in peaks.values()) >= 5
 
-
-# ---------------------------------------------------------------------------- against Hugging Face
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_logits_differ(pair, rows):
@@ -80,8 +76,6 @@ def test_eager_differs_from_sdpa(pairs):
         assert_close("itself: eager = sdpa", pairs("eager").ours(**inputs), pairs("sdpa").ours(**inputs),
                      inputs["attention_mask"])
 
-
-# ---------------------------------------------------------------------------- the cache
 
 @pytest.mark.parametrize("rows", [[[40]], ROWS["one picture"], VIDEO_ROWS, MIXED_ROWS],
                          ids=["text", "picture", "video", "mixed"])
@@ -125,8 +119,6 @@ def test_cache_grows_past_its_end(pairs):
     assert cache.length == 3
 
 
-# ---------------------------------------------------------------------------- batches and pictures
-
 def test_batch_differs_from_single(pair):
     """Three rows, one text only: each equals itself alone; none has another's pixels or positions."""
     rows = ROWS["padded batch"]
@@ -142,8 +134,6 @@ def test_placeholders_and_vision_tokens_differ_in_number(pairs):
     with pytest.raises(ValueError, match="130 placeholders for pictures, which take 65"):
         pairs("sdpa").ours.embed(inputs["input_ids"], inputs["pixel_values"][:260], grid)
 
-
-# ---------------------------------------------------------------------------- without a device
 
 def test_decode_step_waits_for_the_device(pairs):
     """On the meta device every .item(), .tolist(), boolean index and `if tensor` raises."""
@@ -169,8 +159,6 @@ def test_prefill_makes_a_mask(pairs):
         ratios.append(largest.elements / T)
     assert ratios[0] == ratios[1]
 
-
-# ---------------------------------------------------------------------------- random mixes
 
 def random_case(seed):
     """Config changes and rows: heads, groups, windows, full blocks, pictures, videos, text, pads."""

@@ -34,8 +34,6 @@ def user(*content):
     return [{"role": "user", "content": list(content)}]
 
 
-# ---------------------------------------------------------------------------- sizes and boxes
-
 def test_sizes_rounded_half_up():
     assert smart_resize(70, 70) == (56, 56)
     assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # above max_pixels: no side under 28
@@ -59,8 +57,6 @@ def test_boxes_in_the_wrong_pixels():
     box = (3.0, 8.0, 77.0, 401.0)
     assert to_original(to_resized(box, resized, original), resized, original) == pytest.approx(box)
 
-
-# ---------------------------------------------------------------------------- pixels
 
 def assert_same_pixels(processor, source, opened=None):
     theirs = hf.Qwen2VLImageProcessorPil(min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)(
@@ -118,8 +114,6 @@ def test_patches_in_the_wrong_order():
     assert np.array_equal(rows[1, 0, 1, 1, 0, 0, 0], frames[2, 14:28, 28:42, 0])
     assert np.array_equal(rows[1, :, :, :, :, :, 0], rows[1, :, :, :, :, :, 1])     # an odd frame is repeated
 
-
-# ---------------------------------------------------------------------------- prompts and ids
 
 RED = Image.new("RGB", (84, 56), "red")
 CONVERSATIONS = [
@@ -187,8 +181,6 @@ def test_batch_padded_on_the_right(processor):
         assert torch.equal(alone["mm_token_type_ids"], (alone["input_ids"] == 151655).int())
 
 
-# ---------------------------------------------------------------------------- videos
-
 def numbered(n):
     """Frames that differ."""
     return [picture(112, 84, seed=i) for i in range(n)]
@@ -245,8 +237,6 @@ def test_video_pixels_unbounded(processor, n, item, limits):
     """A frame's limits: the item's, else the checkpoint's, else what is left of the video's budget."""
     assert processor.open("video", dict(video=[RED] * n, fps=2) | item)[1] == limits
 
-
-# ---------------------------------------------------------------------------- settings and mistakes
 
 def test_settings_of_transformers_5_ignored(published, tmp_path):
     """processor_config.json with an image_processor block, and sizes by edges."""

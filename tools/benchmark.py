@@ -94,8 +94,6 @@ class Row:
 HEADER = "| size | what | ours | HF | HF / ours | least .. most | |\n|---|---|---|---|---|---|---|"
 
 
-# ---------------------------------------------------------------------------- two models, one set of tensors
-
 def make_pair(
     size: str, device: str, dtype: torch.dtype, most: float = float("inf")
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL]:
@@ -160,8 +158,6 @@ def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: in
     return out[0, inputs["input_ids"].shape[1]:].tolist()
 
 
-# ---------------------------------------------------------------------------- do they agree?
-
 def check(size: str, device: str, dtype: torch.dtype) -> None:
     """Raises ValueError where the two disagree about a picture and what follows it."""
     hf, ours = make_pair(size, device, dtype, most=4)
@@ -183,8 +179,6 @@ def check(size: str, device: str, dtype: torch.dtype) -> None:
     if reason:
         raise ValueError(f"{size}: {reason}; no ratio for what does not agree")
 
-
-# ---------------------------------------------------------------------------- timing
 
 def seconds(run: Callable[[], object], device: str) -> float:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -267,8 +261,6 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
     torch.set_num_threads(threads)
     return rows
 
-
-# ---------------------------------------------------------------------------- the picture
 
 def plot(path: Path, device: str, dtype: torch.dtype, bandwidth: float) -> None:
     """Cost against picture size and against context, for the widths of the 3B: ours, HF, and the limit."""

@@ -27,8 +27,6 @@ Pixels = tuple[int, int, int, int]      # x1, y1, x2, y2 of a drawn extent; x2 a
 Segment = tuple[str, int]               # a piece of an answer, and the thing that it speaks of, from 1; or 0
 
 
-# ---------------------------------------------------------------------------- things
-
 @dataclass
 class Thing:
     color: str
@@ -67,8 +65,6 @@ def overlaps(a: Pixels, b: Pixels) -> bool:
     """Whether two boxes come closer than two pixels."""
     return a[0] < b[2] + 2 and b[0] < a[2] + 2 and a[1] < b[3] + 2 and b[1] < a[3] + 2
 
-
-# ---------------------------------------------------------------------------- scenes
 
 class Scene:
     """A light ground, to be drawn on, and the things on it."""
@@ -149,8 +145,6 @@ def motion(rng: random.Random, width: int, height: int, frames: int) -> Motion:
                 and not any(other.shape == thing.shape or overlaps(path, other.box) for other in others)):
             return found
 
-
-# ---------------------------------------------------------------------------- questions
 
 @dataclass
 class Question:
