@@ -114,7 +114,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos too.
 
-    A row that has met one of eos_token_id yields pad_token_id; the iterator eos when every row has, or after
+    A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
     max_new_tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty
     concerns the ids of prompt and answer, not pads. graph: replay a CUDA graph for each token (None: where
     there is CUDA). HF: GenerationMixin.generate.

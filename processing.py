@@ -299,7 +299,7 @@ def load_processor(
 ) -> Processor:
     """The processor of a checkpoint directory; min_pixels and max_pixels, of a picture, override its own.
 
-    Raises OSError where a file is missing, ValueError where it is broken or the limits make no sense.
+    Raises OSError or ValueError where a file is missing or broken, ValueError for limits that make no sense.
     """
     path = Path(path)
     both, separate = path / "processor_config.json", path / "video_preprocessor_config.json"
