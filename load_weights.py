@@ -21,9 +21,8 @@ ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# What all published checkpoints share, for keys that a config.json leaves out: the 32B's has neither a window
-# size nor the blocks that are full. (The defaults of Hugging Face's classes differ.) Sizes have no such
-# value.
+# What all published checkpoints share, for keys that a config.json leaves out, as the 32B's its window size
+# and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
     tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
@@ -55,8 +54,6 @@ def checkpoint(name: str | Path) -> Path:
         raise OSError(f"{name}: neither a directory here nor to be had from the hub; check the name and the "
                       f"network ({reason})") from error
 
-
-# ---------------------------------------------------------------------------- config
 
 def load_config(path: str | Path) -> Config:
     """The config of a checkpoint directory in any dialect: flat, flat and sparse, nested under text_config.
@@ -125,8 +122,6 @@ def load_generation_config(path: str | Path) -> dict:
     settings = {name: setting(path, saved, name, type(value), value) for name, value in defaults.items()}
     return dict(temperature=0.0, eos_token_id=eos) | settings
 
-
-# ---------------------------------------------------------------------------- weights
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""

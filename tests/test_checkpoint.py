@@ -2,8 +2,7 @@
 
 pytest tests/test_checkpoint.py --checkpoint DIR; without the option it is the tiny one. In float32 where that
 fits into memory: pixels, ids, positions, every block and layer, logits, 32 tokens. In bfloat16 layer by
-layer: rounding is all that may differ, so the measure is each layer's distance to its own float32 self, and
-ours may be at most 1.25 times theirs.
+layer: the measure is each layer's distance to its own float32 self, ours at most 1.25 times theirs.
 """
 
 import copy
@@ -13,7 +12,8 @@ import trace
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, distance, hf_logits, make_pair, prompts
+from benchmark import distance
+from conftest import PARITY, hf_logits, make_pair, prompts
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 

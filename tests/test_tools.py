@@ -38,7 +38,7 @@ def test_boxes_drawn_in_resized_pixels(tmp_path, capsys, monkeypatch):
     assert boxes.main(arguments) == 0
     assert capsys.readouterr().out == "thing: 10, 40, 50, 120\n"
     drawn = Image.open(tmp_path / "out.png")
-    assert drawn.getpixel((10, 100)) == (255, 255, 255) and drawn.getpixel((10, 30)) == (0, 0, 0)
+    assert drawn.getpixel((11, 100)) == (255, 255, 255) and drawn.getpixel((11, 30)) == (0, 0, 0)
     assert boxes.main(["nowhere.png", "x", str(tmp_path / "out.png")]) == 2
 
 

@@ -158,22 +158,27 @@ def hf_tokens(model: Qwen2_5_VLForConditionalGeneration, inputs: dict, count: in
     return out[0, inputs["input_ids"].shape[1]:].tolist()
 
 
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
 def check(size: str, device: str, dtype: torch.dtype) -> None:
     """Raises ValueError where the two disagree about a picture and what follows it."""
     hf, ours = make_pair(size, device, dtype, most=4)
     inputs = prompt(ours.config, 280, 24, dtype, device)
-    difference = lambda a, b: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
     hf.model.rope_deltas = None
     there = {name: x.to(device) for name, x in inputs.items()}
-    a, b, reason = ours(**inputs), hf(**there, use_cache=False).logits, None
+    a, b, reason = ours(**inputs).float(), hf(**there, use_cache=False).logits.float(), None
     if dtype == torch.float32:
-        if difference(a, b) > TOLERANCE:
-            reason = f"logits differ by {difference(a, b):.1e}"
+        if distance(a, b) > TOLERANCE:
+            reason = f"logits differ by {distance(a, b):.1e}"
         elif ours_tokens(ours, inputs, 8) != hf_tokens(hf, inputs, 8):
             reason = "tokens differ"
     else:
         exact = ours.float()(**inputs)
-        ours_off, hf_off = difference(a, exact), difference(b, exact)
+        ours_off, hf_off = distance(a, exact), distance(b, exact)
         if max(ours_off, hf_off) > BFLOAT16_FACTOR * min(ours_off, hf_off):
             reason = f"from the float32 logits ours are {ours_off:.1e} away, HF's {hf_off:.1e}"
     if reason:

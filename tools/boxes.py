@@ -57,8 +57,7 @@ def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Imag
     width = max(1, round(min(picture.size) / 200))
     for box, label in boxes:
         draw.rectangle(box, outline="white", width=3 * width)
-        inner = [edge + side for edge, side in zip(box, (width, width, -width, -width))]
-        draw.rectangle(inner, outline="black", width=width)
+        draw.rectangle(box, outline="black", width=width)
         place = (box[0] + 3 * width, box[1] + 3 * width)
         draw.rectangle(draw.textbbox(place, label), fill="black")
         draw.text(place, label, fill="white")

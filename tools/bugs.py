@@ -213,11 +213,10 @@ def row(bug: Bug, copy: Path, scenes: int) -> list[str]:
     if found != 1:
         raise ValueError(f"{bug.name}: the line is found {found} times in {bug.file}, not once")
     (copy / bug.file).write_text(source.replace(bug.right, bug.wrong))
-    try:
-        caught = bug.test if test_fails(copy, bug.test) else SURVIVED
-        return [bug.name, bug.shipped or "nobody found", caught, *shares(copy, scenes)]
-    finally:
-        (copy / bug.file).write_text(source)
+    caught = bug.test if test_fails(copy, bug.test) else SURVIVED
+    cells = [bug.name, bug.shipped or "nobody found", caught, *shares(copy, scenes)]
+    (copy / bug.file).write_text(source)
+    return cells
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -363,8 +363,8 @@ def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: 
         if step % 50 == 0 or step == steps:
             row = dict(step=step, seconds=(time.time() - clock) / len(collected["near"]))
             row |= {name: sum(values) / len(values) for name, values in collected.items()}
-            print(f"{step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"),
-                  flush=True)
+            numbers = (f"{name} {value:.3f}" for name, value in row.items() if name != "step")
+            print(f"{step}/{steps}", *numbers, sep="  ", flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             clock, collected = time.time(), defaultdict(list)
@@ -493,15 +493,13 @@ def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--work", type=Path, default=Path("runs/tiny"),
-        help="where the checkpoint grows; an interrupted run goes on")
+    add("--work", type=Path, default=Path("runs/tiny"), help="where it grows; an interrupted run goes on")
     add("--seed", type=int, default=1)
     add("--steps", type=int, default=6600)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=16, help="pictures")
     add("--lr", type=float, default=3e-3)
-    add("--evaluate", type=Path, metavar="DIR",
-        help="instead of training print how well a checkpoint answers")
+    add("--evaluate", type=Path, metavar="DIR", help="print how well a checkpoint answers, and don't train")
     add("--scenes", type=int, default=500, help="for --evaluate")
     add("--failures", type=Path, metavar="PNG", help="for --evaluate: draw wrong answers")
     args = parser.parse_args()
