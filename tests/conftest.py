@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter):
     for row, (count, largest) in sorted(PARITY.items()):
         if largest:
             write(f"| {row} | {count} | {largest:.1e} |")
-    write("\nBit for bit: " + ", ".join(row for row, (_, largest) in sorted(PARITY.items()) if not largest))
+    write("\nBit for bit: " + "; ".join(row for row, (_, largest) in sorted(PARITY.items()) if not largest))
 
 
 def small_config(**changes):
