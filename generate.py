@@ -300,8 +300,11 @@ def run(args: argparse.Namespace) -> None:
     messages, note = build_messages(args), lambda text: print(text, file=sys.stderr, flush=True)
     with progress("loading"):
         path = checkpoint(DEMO_MODEL if args.model is None else args.model)
-        load_config(path)       # first, so that another model is refused as such and not for its tokenizer
+        tower = load_config(path).vision    # first: another model is refused as such, not for its tokenizer
         processor = load_processor(path, max_pixels=args.max_pixels)
+        if (processor.patch_size, processor.temporal_patch_size, processor.merge_size) != (
+                tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size):
+            raise ValueError(f"{path}: its preprocessor and config.json differ in patches; get both again")
         inputs = processor(messages)
         model = load_model(path, args.device, args.dtype, args.attention)
     given = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)

@@ -249,8 +249,6 @@ class Processor:
         return patchify(x, self.patch_size, self.temporal_patch_size, self.merge_size)
 
 
-# ---------------------------------------------------------------------------- loading
-
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError where it is missing, ValueError where it is broken."""
     try:

@@ -34,8 +34,6 @@ def inv_freq(dim: int, theta: float, device: torch.device) -> Tensor:
     return (1.0 / theta**exponents).to(device)
 
 
-# ---------------------------------------------------------------------------- two axes, vision tower
-
 def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
     """Row and column of every patch, in stored order.
 
@@ -63,8 +61,6 @@ def vision_rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
     angles = angles.flatten(1).repeat(1, 2)                                                 # (N, D)
     return angles.cos(), angles.sin()
 
-
-# ---------------------------------------------------------------------------- three axes, decoder
 
 def vision_block(
     start: int, t: int, h: int, w: int, interval: float, tokens_per_second: int

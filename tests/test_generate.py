@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,12 @@ def test_another_model_called_incomplete(name, content, message, tmp_path, capsy
     (tmp_path / name).write_text(content)
     assert main(["--model", str(tmp_path), "--prompt", "Hi"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_patches_of_another_size_end_in_a_traceback(capsys, monkeypatch):
+    processor = replace(module.load_processor(ROOT / "tiny"), temporal_patch_size=0)
+    monkeypatch.setattr(module, "load_processor", lambda *args, **limits: processor)
+    assert main([]) == 2 and "tiny: its preprocessor and config.json differ" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")

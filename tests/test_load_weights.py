@@ -201,15 +201,10 @@ def test_tied_head_silently_untied(saved):
     assert same(tied, load_model(directory))
 
 
-def leave_pickles(directory):
-    for file in directory.glob("*.safetensors*"):
-        file.unlink()
-    (directory / "pytorch_model.bin").touch()
-
-
 @pytest.mark.parametrize("damage, error, message", [
     (lambda d: os.truncate(next(d.glob("*.safetensors")), 5000), ValueError, "not a whole safetensors file"),
-    (leave_pickles, ValueError, r"only pickled weights \(pytorch_model.bin\)"),
+    (lambda d: [f.rename(d / "model.bin") for f in d.glob("*.safetensors*")], ValueError,
+     r"only pickled weights \(model.bin\)"),
     (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b"}}'), ValueError, "not a file beside it"),
     (lambda d: next(d.glob("*-00002-*")).unlink(), OSError, "model-00002-of-.*safetensors are missing"),
     (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], OSError,

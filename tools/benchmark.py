@@ -7,9 +7,8 @@
 "HF" is transformers with sdpa and without compilation; on CUDA its better time with and without cuDNN
 attention, and for decoding a row more, with static cache and compilation. Only ratios count: machines differ,
 and drift. Each is the median of ten pairs, with the smallest and the largest. A size whose outputs disagree
-gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be equal; in bfloat16 neither
-may be further from the float32 result than 1.5 times the other. That is looked at with at most four layers of
-each tower.
+(with four layers) gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be equal; in
+bfloat16 neither may be further from the float32 result than 1.5 times the other.
 """
 
 import copy
