@@ -19,7 +19,6 @@ from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # What all published checkpoints share, for keys that a config.json leaves out, as the 32B's its window size
 # and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value.
@@ -66,6 +65,7 @@ def load_config(path: str | Path) -> Config:
     text = top | setting(path, top, "text_config", dict, {})
     rope = setting(path, text, "rope_parameters", dict, {}) or setting(path, text, "rope_scaling", dict, {})
     text |= rope                # which holds mrope_section, and in nested files rope_theta
+    text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     vision = setting(path, top, "vision_config", dict, {})
     vision = {"in_chans": vision.get("in_channels")} | vision       # nested files may call it so
 
@@ -135,7 +135,7 @@ def weight_files(path: Path) -> list[Path]:
         if absent := [name for name in names if not (path / name).is_file()]:
             raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
         return [path / name for name in names]
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
+    if pickles := sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")):
         raise ValueError(f"{path}: only pickled weights ({pickles[0]}), which can run code when opened; "
                          "convert them to safetensors")
     raise OSError(f"{path}: neither model.safetensors nor an index of shards; is the download complete?")
