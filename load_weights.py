@@ -74,8 +74,7 @@ def load_config(path: str | Path) -> Config:
         ("model_type", top.get("model_type"), ("qwen2_5_vl",)),
         ("quant_method", quantised.get("quant_method"), (None,)),
         ("use_sliding_window", text.get("use_sliding_window"), (None, False)),
-        ("rope_type", rope.get("rope_type"), (None, "default", "mrope")),
-        ("rope_scaling type", rope.get("type"), (None, "default", "mrope")),
+        ("rope_type", rope.get("rope_type", rope.get("type")), (None, "default", "mrope")),
         ("hidden_act", text.get("hidden_act"), (None, "silu")),
         ("vision hidden_act", vision.get("hidden_act"), (None, "silu")),
     ):
@@ -159,16 +158,13 @@ def read_weights(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def load_model(
-    path: str | Path,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
+    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
     attention: str = "sdpa",
 ) -> Qwen2_5_VL:
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
-    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
-    dtype: torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's. attention: "sdpa" or
-    "eager".
+    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one. dtype:
+    torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's. attention: "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)

@@ -104,7 +104,7 @@ def test_dialect_read_otherwise(size, tmp_path):
     (dict(quantization_config=dict(quant_method="awq")), "quant_method 'awq' is not supported"),
     (dict(use_sliding_window=True), "use_sliding_window"),
     (dict(rope_scaling=dict(type="yarn", factor=4.0, mrope_section=[16, 24, 24])),
-     "rope_scaling type 'yarn' is not supported"),
+     "rope_type 'yarn' is not supported"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(hidden_size=None), "no hidden_size; download it again"),
     (dict(num_attention_heads=28 * 2), "half of hidden_size / num_attention_heads"),

@@ -134,8 +134,8 @@ def test_prompt_differs_from_the_published_template(published, processor, messag
     assert_equal("prompts", processor.prompt(messages, add_generation_prompt=ask), theirs)
 
 
-TEXTS = ["\nHello", "  two  spaces \n\n and lines\n", "naïve e\u0301 漢字 \u200d\U0001f467 العربية\r\n",
-         "<|im_end", " ".join(NOT_SPECIAL), ""]
+TEXTS = ["\nHello", "  two  spaces \n\n and lines\n", "<|im_end", " ".join(NOT_SPECIAL), "",
+         "naïve e\u0301 漢字 \u200d\U0001f467 العربية\r\n"]
 
 
 @pytest.mark.parametrize("words", TEXTS)
