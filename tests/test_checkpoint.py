@@ -38,7 +38,7 @@ def picture(tmp_path_factory):
     return file
 
 
-def test_first_row_that_leaves(path, picture, tmp_path, capsys):
+def test_a_row_leaves(path, picture, tmp_path, capsys):
     with torch.device("meta"):
         needed = 4 * sum(p.numel() for p in Qwen2_5_VL(load_config(path)).parameters())
     if needed > 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):

@@ -167,7 +167,7 @@ def test_flags_without_effect(capsys, tmp_path):
     assert "112x112 in 2 steps; " in err and "torch.float32 on cpu" in err and "; 2 tokens; " in err
 
 
-def test_sampling_flag_overrides_the_checkpoint(capsys):
+def test_sampling_flag_overridden_by_the_checkpoint(capsys):
     answers = set()
     for seed in range(4):
         assert main(["--temperature", "3", "--seed", str(seed), "--max-new-tokens", "8"]) == 0

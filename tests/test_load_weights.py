@@ -59,7 +59,7 @@ def write(directory, config, name="config.json"):
 
 
 @pytest.mark.parametrize("size", FAMILY)
-def test_published_names_shapes_and_bytes(size, tmp_path):
+def test_names_shapes_or_bytes_not_as_published(size, tmp_path):
     config = load_config(write(tmp_path, flat(size)))
     with torch.device("meta"):
         ours = Qwen2_5_VL(config).state_dict()
@@ -217,7 +217,7 @@ def test_tied_head_silently_untied(saved):
     (lambda d: (d / INDEX).write_text("{}"), ValueError, "no weight_map; download it again"),
     (lambda d: (d / INDEX).write_text('{"weight_map": {"a": ".."}}'), OSError, r"shards \.\. are missing"),
 ])
-def test_damaged_checkpoint(saved, damage, error, message):
+def test_damaged_checkpoint_ends_in_a_traceback(saved, damage, error, message):
     damage(saved[0])
     with pytest.raises(error, match=message):
         load_model(saved[0])
@@ -227,7 +227,7 @@ def test_damaged_checkpoint(saved, damage, error, message):
     (dict(device="cuda:99"), "device cuda:99: not to be had here; use cpu"),
     (dict(attention="flash"), "attention flash: use sdpa or eager"),
 ])
-def test_no_such_device_or_attention(settings, message):
+def test_no_such_device_or_attention_accepted(settings, message):
     with pytest.raises(ValueError, match=message):
         load_model("tiny", **settings)
 
@@ -297,7 +297,7 @@ def test_no_end_without_generation_config(config, tmp_path):
     (dict(temperature="hot"), "temperature cannot be 'hot'"), (dict(top_k=2.5), "top_k cannot be 2.5"),
     (dict(eos_token_id=[1, "2"]), r"eos_token_id cannot be \[1, '2'\]; download it again"),
 ])
-def test_settings_that_are_no_numbers(tmp_path, change, message):
+def test_settings_that_are_no_numbers_accepted(tmp_path, change, message):
     write(tmp_path, dict(do_sample=True) | change, "generation_config.json")
     with pytest.raises(ValueError, match=message):
         load_generation_config(tmp_path)

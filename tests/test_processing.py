@@ -71,7 +71,7 @@ def test_wrong_filter_or_sides_swapped(processor, width, height):
     assert_same_pixels(processor, picture(width, height))
 
 
-def test_every_value_normalised_in_float32(processor):
+def test_normalised_in_another_arithmetic(processor):
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(7, 0).repeat(7, 1)
     assert_same_pixels(processor, Image.fromarray(np.stack((ramp, ramp.T, 255 - ramp), -1)))
 
@@ -83,7 +83,7 @@ def test_alpha_dropped_or_mode_misread(processor, mode):
     assert_same_pixels(processor, source)
 
 
-def test_palette_with_a_transparent_colour(processor, tmp_path):
+def test_transparent_colour_of_a_palette_painted(processor, tmp_path):
     source = picture(120, 90).quantize(16)
     source.save(tmp_path / "p.png", transparency=3)
     assert_same_pixels(processor, tmp_path / "p.png", Image.open(tmp_path / "p.png"))
@@ -146,7 +146,7 @@ def test_text_tokenized_piecewise(published, processor, words):
     assert_equal("ids", processor(messages)["input_ids"][0].tolist(), published[1](prompt)["input_ids"])
 
 
-def test_ids_of_the_first_prompt(processor):
+def test_ids_of_another_vocabulary(processor):
     """The published ids; the picture's placeholders, six here, stand for one."""
     ids = processor(user({"image": RED}, {"text": "Describe this image."}))["input_ids"][0].tolist()
     assert ids == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 151652,

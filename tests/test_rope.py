@@ -71,7 +71,7 @@ def test_first_answer_token_one_position_too_far():
     (2.0, [4, 8, 12, 16, 20, 24], 25),
     (0.1, [4, 4, 4, 4, 4, 5], 6),           # rows reach 5: the largest position is not always a time
 ])
-def test_video_time_axis_and_what_follows(seconds, times, after):
+def test_seconds_truncated_or_text_too_early(seconds, times, after):
     """The rule of the training code. transformers 5.23.0 lets text resume at 6 whatever the times are."""
     ids = torch.tensor([[1, 2, 3, 4] + [VIDEO] * 24 + [5]])
     positions, following = mrope_positions(

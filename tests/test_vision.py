@@ -71,7 +71,7 @@ def test_windows_one_call_each(pairs, monkeypatch):
     assert calls == [8, 2, 8, 2]
 
 
-def test_norm_multiplies_by_the_weight_before_casting_back():
+def test_norm_casts_back_after_the_weight():
     """In float32 the order does not show; in bfloat16 it does."""
     x = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = torch.rand(160, generator=torch.Generator().manual_seed(1)).bfloat16() + 0.5
