@@ -26,7 +26,7 @@ logging.set_verbosity_error()
 TOLERANCE = 1e-5        # of the largest value, in float32
 IMAGE, VIDEO, START, END, VOCABULARY = 508, 509, 510, 511, 512
 
-# The published template and added tokens, which are the tiny checkpoint's, too.
+# The published template and added tokens are the tiny checkpoint's, too: test_ids_of_another_vocabulary.
 TINY_TOKENS = json.loads((Path(__file__).parent.parent / "tiny" / "tokenizer_config.json").read_text())
 SPECIAL, NOT_SPECIAL = ([token["content"] for token in TINY_TOKENS["added_tokens_decoder"].values()
                          if token["special"] is special] for special in (True, False))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close, assert_equal, prompts
+from conftest import START, TOLERANCE, assert_close, assert_equal, prompts
 from PIL import Image
 from test_model import MIXED_ROWS, ROWS, VIDEO_ROWS
 
@@ -64,7 +64,7 @@ def test_decoding_at_the_cache_length(pair, rows, penalty, monkeypatch):
 def test_filters_in_another_order(pairs, rows, settings):
     pair, inputs = pairs("sdpa"), prompts(rows)
     if "repetition_penalty" in settings:    # Hugging Face penalises pads too: let pad be one the prompt has
-        inputs["input_ids"][inputs["attention_mask"] == 0] = 509
+        inputs["input_ids"][inputs["attention_mask"] == 0] = START
     expected, _ = theirs(pair.hf, inputs, seed=7, **dict(top_k=0, top_p=1.0) | settings)
     tokens, _ = ours(pair.ours, inputs, max_new_tokens=32, seed=7, **settings)
     assert_equal("32 sampled tokens", tokens, expected)

@@ -4,12 +4,13 @@
 import json
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIRST_ADDED, NOT_SPECIAL, SPECIAL, assert_equal
+from conftest import FIRST_ADDED, NOT_SPECIAL, SPECIAL, TINY_TOKENS, assert_equal
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
@@ -147,7 +148,8 @@ def test_text_tokenized_piecewise(published, processor, words):
 
 
 def test_ids_of_another_vocabulary(processor):
-    """The published ids; the picture's placeholders, six here, stand for one."""
+    """The published template, by its checksum, and ids; six placeholders stand for one picture."""
+    assert zlib.crc32(TINY_TOKENS["chat_template"].encode()) == 3459730853
     ids = processor(user({"image": RED}, {"text": "Describe this image."}))["input_ids"][0].tolist()
     assert ids == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 151652,
                    *[151655] * 6, 151653, 74785, 419, 2168, 13, 151645, 198, 151644, 77091, 198]

@@ -13,7 +13,7 @@ from rope import vision_positions, vision_rotary
 from vision import RMSNorm, VisionTransformer, window_order
 
 GRIDS = [       # among their regions: whole windows, right edges, bottom edges, corners, each also alone
-    (1, 20, 26), (3, 10, 18), (2, 18, 6), (1, 8, 8), (1, 4, 30), (1, 6, 4), (1, 4, 40), (1, 16, 24)]
+    (1, 20, 26), (3, 10, 18), (2, 18, 6), (1, 8, 8), (1, 4, 30), (1, 6, 4), (1, 4, 40), (1, 16, 6)]
 
 
 def seeded(grids):

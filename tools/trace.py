@@ -1,4 +1,4 @@
-"""Which side is wrong, and from where on? Write down every intermediate of a run, and compare two such files.
+"""Which side is wrong, and from where on? Write down what every layer returns, and compare two such files.
 
     python tools/trace.py tiny -o ours.safetensors         # this implementation
     python tools/trace.py tiny --hf -o hf.safetensors      # Hugging Face's, from the same files and picture

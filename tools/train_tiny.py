@@ -159,8 +159,8 @@ class Batches(torch.utils.data.Dataset):
         prompt = lambda sample, question: self.processor.prompt(conversation(question, sample))
         media, _, _ = prompt(samples[0], samples[0].questions[0]).rpartition(VISION_END)
         pad = VIDEO_PAD if kind == "video" else IMAGE_PAD
-        stem = media.replace(pad, pad * (math.prod(grid) // self.processor.merge_size**2)) + VISION_END
-        stem = self.encode(stem).ids
+        groups = math.prod(grid) // self.processor.merge_size**2
+        stem = self.encode(media.replace(pad, pad * groups) + VISION_END).ids
         rows, answers = [], []      # of (id, label, point, branch, offset); of (kind, row, slice of the row)
         for b, sample in enumerate(samples):
             row = [(i, UNKNOWN, 0, 0, 0) for i in stem]
