@@ -1,24 +1,31 @@
-"""A checkpoint becomes a model: three dialects of config.json, safetensors, strict names.
+"""A checkpoint's directory becomes a model, a processor and settings: whatever is read from it is read here.
 
-Read from the top: where the checkpoint is, what its config.json says, which tensors it holds, and how they
-get into the model: mapped into memory, without a copy, and only if every one of them fits. The last file.
+Read from the top: where the checkpoint is, the dialects of its config.json, its settings for sampling, its
+processor, and its tensors: mapped into memory, without a copy, and only if every one of them fits. A key that
+is missing falls back on the value that the published checkpoints share; what is not computed here is refused
+by its name. A first reading can skip this file.
+
+Next: generate.py
 """
 
+import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
+import processing
 from model import Config, Qwen2_5_VL
-from processing import read_json, setting
+from processing import Processor
 from vision import VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
-DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What all published checkpoints share, for keys that a config.json leaves out, as the 32B's its window size
 # and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value.
@@ -35,8 +42,8 @@ SHARED_VISION = dict(
 def checkpoint(name: str | Path) -> Path:
     """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once.
 
-    Only safetensors and JSON files are asked for. Raises OSError where there is neither, ValueError for a
-    directory with nothing but a LoRA adapter.
+    Downloads only safetensors and JSON files. Raises OSError if the name is neither a directory nor on the
+    hub, ValueError for a directory with nothing but a LoRA adapter.
     """
     path = Path(name)
     if name and path.is_dir():
@@ -46,65 +53,121 @@ def checkpoint(name: str | Path) -> Path:
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
         raise OSError(f"{name}: no such directory; give a checkpoint's directory or a hub id like "
                       "Qwen/Qwen2.5-VL-3B-Instruct")
+
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:      # the hub's library lets its transport's own exceptions through
         reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{name}: neither a directory here nor to be had from the hub; check the name and the "
+        raise OSError(f"{name}: not a directory here, and not available from the hub; check the name and the "
                       f"network ({reason})") from error
 
 
-def load_config(path: str | Path) -> Config:
-    """The config of a checkpoint directory in any dialect: flat, flat and sparse, nested under text_config.
+# ---------------------------------------------------------------------------- JSON files
 
-    Raises OSError where it is missing; ValueError where it is broken, where its sizes don't fit together, and
-    for what is not computed here: other models and activations, quantisation, sliding windows, scaled rotary.
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, without its nulls. OSError if it is missing, ValueError if it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; download it again")
+    return without_nulls(content)
+
+
+def without_nulls(content: dict) -> dict:
+    """A null says nothing, and must not hide what another level of the file says."""
+    return {name: without_nulls(value) if isinstance(value, dict) else value
+            for name, value in content.items() if value is not None}
+
+
+def fits(value: object, kind: type) -> bool:
+    """Whether a JSON value is of a kind: a number from 0 up, a list of them for a tuple, or just the type."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and value >= 0
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(fits(number, get_args(kind)[0]) for number in value)
+    return isinstance(value, kind)
+
+
+def checked(path: Path, content: dict, name: str, kind: type, default: object = None) -> Any:
+    """content[name], or the default if it is missing. `path` is for the message.
+
+    Raises ValueError if the value is not of the kind (see `fits`), or missing without a default.
     """
-    path = Path(path) / "config.json"
-    top = read_json(path)
-    text = top | setting(path, top, "text_config", dict, {})
-    rope = setting(path, text, "rope_parameters", dict, {}) or setting(path, text, "rope_scaling", dict, {})
-    text |= rope                # which holds mrope_section, and in nested files rope_theta
-    text["tie_word_embeddings"] = top.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    vision = setting(path, top, "vision_config", dict, {})
-    vision = {"in_chans": vision.get("in_channels")} | vision       # nested files may call it so
+    value = content.get(name, default)
+    if not fits(value, kind):
+        what = f"no {name}" if value is None else f"{name} cannot be {value!r}"
+        raise ValueError(f"{path}: {what}; download it again")
+    return value
 
-    quantised = setting(path, top, "quantization_config", dict, {})
+
+# ---------------------------------------------------------------------------- config.json
+
+def load_config(path: str | Path) -> Config:
+    """The config of a checkpoint, a directory or hub id, in any dialect.
+
+    Raises OSError if it is missing; ValueError if it is broken, if its sizes don't fit together, and for what
+    is not computed here: other models and activations, quantization, sliding windows, scaled rotary.
+    """
+    path = checkpoint(path) / "config.json"
+    text, vision = one_dialect(path, read_json(path))
+    refuse_unsupported(path, text, vision)
+
+    tower = build(path, VisionConfig, SHARED_VISION | vision)
+    config = build(path, Config, SHARED | text | {"vision": tower})
+    heads = config.num_attention_heads
+    if heads * config.head_dim != config.hidden_size:
+        raise ValueError(f"{path}: mrope_section {config.mrope_section} must add up to half of hidden_size / "
+                         f"num_attention_heads, {config.hidden_size} / {heads}; download it again")
+    return config
+
+
+def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
+    """The decoder's and the tower's settings: flat and full, flat and sparse, or nested under text_config."""
+    text = content | checked(path, content, "text_config", dict, {})
+    rope = checked(path, text, "rope_parameters", dict, {}) or checked(path, text, "rope_scaling", dict, {})
+    text |= rope                        # which holds mrope_section, and in nested files rope_theta
+    text["rope_type"] = rope.get("rope_type") or rope.get("type")
+    text["model_type"] = content.get("model_type")
+    text["tie_word_embeddings"] = (
+        content.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False)
+
+    vision = checked(path, content, "vision_config", dict, {})
+    if "in_channels" in vision:         # so called in some nested files
+        vision = {"in_chans": vision["in_channels"]} | vision
+    return text, vision
+
+
+def refuse_unsupported(path: Path, text: dict, vision: dict) -> None:
+    quantized = checked(path, text, "quantization_config", dict, {})
     for name, value, supported in (
-        ("model_type", top.get("model_type"), ("qwen2_5_vl",)),
-        ("quant_method", quantised.get("quant_method"), (None,)),
+        ("model_type", text["model_type"], ("qwen2_5_vl",)),
+        ("quant_method", quantized.get("quant_method"), (None,)),
         ("use_sliding_window", text.get("use_sliding_window"), (None, False)),
-        ("rope_type", rope.get("rope_type", rope.get("type")), (None, "default", "mrope")),
+        ("rope_type", text["rope_type"], (None, "default", "mrope")),
         ("hidden_act", text.get("hidden_act"), (None, "silu")),
         ("vision hidden_act", vision.get("hidden_act"), (None, "silu")),
     ):
         if value not in supported:
             raise ValueError(f"{path}: {name} {value!r} is not supported; use a published bfloat16 model")
 
-    def build(cls: type, given: dict, shared: dict) -> Any:
-        values = {field.name: setting(path, given, field.name, field.type, shared.get(field.name))
-                  for field in fields(cls)}
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
-    tower = build(VisionConfig, vision, SHARED_VISION)
-    config = build(Config, text | {"vision": tower}, SHARED)
-    heads, section = config.num_attention_heads, config.mrope_section
-    multiple = lambda size, part: size > 0 and part > 0 and size % part == 0
-    for right, what in (        # what shapes of weights would not show
-        (multiple(heads, config.num_key_value_heads),
-         "num_attention_heads must be a multiple of num_key_value_heads"),
-        (len(section) == 3 and 2 * sum(section) * heads == config.hidden_size,
-         "mrope_section must be three numbers that add up to half of hidden_size / num_attention_heads"),
-        (multiple(tower.hidden_size, 4 * tower.num_heads),
-         "vision hidden_size must be a multiple of 4 x num_heads"),
-        (multiple(tower.window_size, tower.patch_size * tower.spatial_merge_size),
-         "window_size must be a multiple of patch_size x spatial_merge_size"),
-        (tower.out_hidden_size == config.hidden_size, "vision out_hidden_size must equal hidden_size"),
-    ):
-        if not right:
-            raise ValueError(f"{path}: {what}; download it again")
-    return config
+def build(path: Path, cls: type, values: dict) -> Any:
+    """A Config or VisionConfig of the values of its fields, each checked."""
+    checked_values = {}
+    for field in fields(cls):
+        value = checked(path, values, field.name, field.type)
+        checked_values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**checked_values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; download it again") from None
 
+
+# ---------------------------------------------------------------------------- generation_config.json
 
 def load_generation_config(path: str | Path) -> dict:
     """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
@@ -112,29 +175,112 @@ def load_generation_config(path: str | Path) -> dict:
     if not path.exists():
         path = path.with_name("config.json")        # Hugging Face then takes the end token from there
     saved = read_json(path)
-    saved |= setting(path, saved, "text_config", dict, {})
-    kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
-    eos = setting(path, saved, "eos_token_id", kind, ())
-    defaults = dict(repetition_penalty=1.0, pad_token_id=0)
-    if saved.get("do_sample"):
-        defaults |= dict(temperature=1.0, top_k=50, top_p=1.0)      # HF's, where the file says nothing
-    settings = {name: setting(path, saved, name, type(value), value) for name, value in defaults.items()}
-    return dict(temperature=0.0, eos_token_id=eos) | settings
+    saved |= checked(path, saved, "text_config", dict, {})
 
+    kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
+    settings = dict(
+        temperature=0.0,
+        eos_token_id=checked(path, saved, "eos_token_id", kind, ()),
+        pad_token_id=checked(path, saved, "pad_token_id", int, 0),
+        repetition_penalty=checked(path, saved, "repetition_penalty", float, 1.0),
+    )
+    if saved.get("do_sample"):      # with Hugging Face's defaults for what the file leaves out
+        settings["temperature"] = checked(path, saved, "temperature", float, 1.0)
+        settings["top_k"] = checked(path, saved, "top_k", int, 50)
+        settings["top_p"] = checked(path, saved, "top_p", float, 1.0)
+    return settings
+
+
+# ---------------------------------------------------------------------------- the processor
+
+def load_processor(
+    path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Processor:
+    """The processor of a checkpoint, a directory or hub id; limits of a picture override its own.
+
+    Patch and merge sizes come from config.json. Raises OSError or ValueError if a file is missing or broken,
+    ValueError if a preprocessor file cuts other patches, and for limits that make no sense.
+    """
+    path = checkpoint(path)
+    tower = load_config(path).vision
+
+    # Pictures and videos have files of their own, or, from transformers 5 on, one for both.
+    both = path / "processor_config.json"
+    separate = path / "video_preprocessor_config.json"
+    nested = read_json(both) if both.exists() else {}
+    image = checked(both, nested, "image_processor", dict, {}) or read_json(path / "preprocessor_config.json")
+    video = read_json(separate) if separate.exists() else checked(both, nested, "video_processor", dict, {})
+    for name, size in (
+        ("patch_size", tower.patch_size),
+        ("temporal_patch_size", tower.temporal_patch_size),
+        ("merge_size", tower.spatial_merge_size),
+    ):
+        if image.get(name, size) != size:
+            raise ValueError(f"{path}: its preprocessor says {name} {image[name]}, its config.json {size}; "
+                             "get both again")
+
+    # Limits come in two forms: by name, or as edges of a size.
+    size = checked(path, image, "size", dict, {})
+    video_size = checked(path, video, "size", dict, {})
+    if min_pixels is None:
+        default = size.get("shortest_edge", processing.MIN_PIXELS)
+        min_pixels = checked(path, image, "min_pixels", int, default)
+    if max_pixels is None:
+        default = size.get("longest_edge", processing.MAX_PIXELS)
+        max_pixels = checked(path, image, "max_pixels", int, default)
+    if not 0 < min_pixels <= max_pixels:
+        raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
+
+    return Processor(
+        load_tokenizer(path / "tokenizer.json"),
+        patch_size=tower.patch_size,
+        temporal_patch_size=tower.temporal_patch_size,
+        merge_size=tower.spatial_merge_size,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        video_min_pixels=checked(path, video_size, "shortest_edge", int, processing.VIDEO_MIN_PIXELS),
+        video_max_pixels=checked(path, video_size, "longest_edge", int, 0),
+        image_mean=checked(path, image, "image_mean", tuple[float, ...], processing.IMAGE_MEAN),
+        image_std=checked(path, image, "image_std", tuple[float, ...], processing.IMAGE_STD),
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:      # the library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer ({error}); download it again") from None
+
+    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
+    for token in (processing.ENDOFTEXT, processing.IM_START, processing.IM_END, processing.VISION_START,
+                  processing.VISION_END, processing.IMAGE_PAD, processing.VIDEO_PAD):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path}: no {token} in it; is it Qwen2.5-VL's?")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------- the weights
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
+
     if index.exists():
-        names = sorted(set(map(str, setting(index, read_json(index), "weight_map", dict).values())))
-        if outside := [name for name in names if Path(name).name != name]:
+        weight_map = checked(index, read_json(index), "weight_map", dict)
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
-        if absent := [name for name in names if not (path / name).is_file()]:
+        absent = [name for name in names if not (path / name).is_file()]
+        if absent:
             raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
         return [path / name for name in names]
-    if pickles := sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
         raise ValueError(f"{path}: only pickled weights ({pickles[0]}), which can run code when opened; "
                          "convert them to safetensors")
     raise OSError(f"{path}: neither model.safetensors nor an index of shards; is the download complete?")
@@ -158,30 +304,36 @@ def read_weights(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     attention: str = "sdpa",
 ) -> Qwen2_5_VL:
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
-    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one. dtype:
+    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA if there is any. dtype:
     torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's. attention: "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
+
+    # What is asked for, before anything large is read.
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if device == "auto":
         device = "cuda" if cards else "cpu"
     if str(device) not in devices:
-        raise ValueError(f"device {device}: not to be had here; use {' or '.join(devices)}")
-    wanted = DTYPES.get(dtype, dtype)
-    if wanted not in DTYPES.values():
+        raise ValueError(f"device {device}: not available here; use {' or '.join(devices)}")
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in ("auto", *DTYPES.values()):
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention}: use {' or '.join(ATTENTIONS)}")
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
 
-    with torch.device("meta"):      # shapes only: the weights themselves come from the files
+    # Shapes only: the weights themselves come from the files.
+    with torch.device("meta"):
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
     weights = read_weights(path, str(device))
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -191,10 +343,12 @@ def load_model(
         reason = " ".join(str(error).split()).partition(": ")[2][:300]
         raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
     del weights                 # or memory would hold all of them twice while they are converted
+
     embedding = model.model.embed_tokens.weight
     if tied_head is not None and not torch.equal(tied_head, embedding):
         raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
                          "model.embed_tokens.weight; unset it or drop lm_head.weight")
-    if wanted is None and embedding.dtype not in DTYPES.values():
+    if dtype == "auto" and embedding.dtype not in DTYPES.values():
         raise ValueError(f"{path}: its weights are {embedding.dtype}; give dtype bfloat16 or float32")
-    return model.to(wanted or embedding.dtype).eval().requires_grad_(False)
+    dtype = embedding.dtype if dtype == "auto" else dtype
+    return model.to(dtype).eval().requires_grad_(False)

@@ -3,27 +3,29 @@
 A forward pass, with the sizes of one 448 x 672 picture and the 7B:
 
     pixel_values (1536, 1176)  -- vision.VisionTransformer -->  vision tokens (384, 3584)
-    input_ids (1, T)           -- embed -->                     x (1, T, 3584), vision tokens in their places
+    input_ids (1, T)           -- embed, splice -->             x (1, T, 3584), vision tokens in their places
                                -- rope.mrope_positions -->      position_ids (3, 1, T)
-    x, position_ids            -- decode, 28 layers -->         logits (1, T, 152064)
+    x, position_ids            -- logits: 28 layers, head -->   logits (1, T, 152064)
 
 Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many
 tokens the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No
 module stores a position.
 
-Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: generate.py
+Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: sampling.py
 
 Shapes: B batch, T new tokens, S slots attended to, C width, H heads, D head dim.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rope import mrope_positions, mrope_rotary, rotate
-from vision import CAUSAL, Attend, Mask, RMSNorm, SwiGLU, VisionConfig, VisionTransformer, sdpa
+from vision import Attend, RMSNorm, SwiGLU, VisionConfig, VisionTransformer, sdpa
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,41 @@ class Config:
     num_key_value_heads: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, ...]      # how many channel pairs turn with time, with the row, with the column
+    mrope_section: tuple[int, ...]      # channel pairs that rotate with time, row and column
     max_position_embeddings: int
     tie_word_embeddings: bool           # the head is the embedding (3B)
     image_token_id: int
     video_token_id: int
     vision: VisionConfig
 
+    def __post_init__(self):
+        heads = self.num_attention_heads
+        kv_heads = self.num_key_value_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of "
+                             f"num_key_value_heads {kv_heads}")
+        if len(self.mrope_section) != 3:
+            raise ValueError(f"mrope_section {self.mrope_section} must be three numbers")
+        if self.vision.out_hidden_size != self.hidden_size:
+            raise ValueError(f"vision out_hidden_size {self.vision.out_hidden_size} must equal "
+                             f"hidden_size {self.hidden_size}")
+
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return 2 * sum(self.mrope_section)      # every channel pair has its axis
 
 
-LayerCache = tuple[Tensor, Tensor, Tensor]  # slots to write (T,), keys and values to write into and attend to
+# ---------------------------------------------------------------------------- the cache
+
+class LayerCache(NamedTuple):
+    """One layer's part of a KVCache, up to slot S."""
+    slots: Tensor           # (T,) int64, where the new tokens go
+    k: Tensor               # (B, kv heads, S, D), a view of the cache
+    v: Tensor
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of T new tokens, (B, kv heads, T, D). Returns those of all S slots."""
+        return self.k.index_copy_(2, self.slots, k), self.v.index_copy_(2, self.slots, v)
 
 
 class KVCache:
@@ -57,20 +81,22 @@ class KVCache:
     def __init__(
         self, config: Config, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ):
-        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, batch_size, kv_heads, max_tokens, config.head_dim)
+        layers = config.num_hidden_layers
+        shape = (layers, batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
         # Zeros, because slots that are masked out enter the product all the same, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0                                                     # tokens stored, for the host
-        self.end = torch.zeros(1, device=device, dtype=torch.int64)         # the same, for a CUDA graph
 
-    def clear(self) -> None:
+        # The tokens stored, for the host; and the same on the device, for a CUDA graph.
         self.length = 0
-        self.end.zero_()
+        self.end = torch.zeros(1, device=device, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
     def reserve(self, T: int) -> Tensor:
-        """The slots (T,) of the next T tokens; HF: cache_position. ValueError where they don't fit."""
+        """The slots (T,) of the next T tokens; HF: cache_position. ValueError if they don't fit."""
         max_tokens = self.k.shape[3]
         if self.length + T > max_tokens:
             raise ValueError(f"the cache is full: it holds {self.length} of at most {max_tokens} tokens and "
@@ -81,36 +107,45 @@ class KVCache:
         return slots
 
     def layers(self, slots: Tensor, S: int) -> list[LayerCache]:
-        """For each layer: the slots to write, and its keys and values up to slot S."""
-        return [(slots, k, v) for k, v in zip(self.k[:, :, :, :S], self.v[:, :, :, :S])]
+        return [LayerCache(slots, k[:, :, :S], v[:, :, :S]) for k, v in zip(self.k, self.v)]
 
+
+# ---------------------------------------------------------------------------- the layers
 
 class Attention(nn.Module):
-    """Grouped queries: neighbouring query heads share one of num_key_value_heads keys and values."""
+    """Grouped queries: neighboring query heads share one of num_key_value_heads keys and values."""
 
     def __init__(self, config: Config, attend: Attend):
         super().__init__()
-        C, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
         self.attend = attend
-        self.q_proj = nn.Linear(C, C)
-        self.k_proj = nn.Linear(C, kv)
-        self.v_proj = nn.Linear(C, kv)
-        self.o_proj = nn.Linear(C, C, bias=False)
+
+        C = config.hidden_size
+        D = config.head_dim
+        self.q_proj = nn.Linear(C, self.num_heads * D)
+        self.k_proj = nn.Linear(C, self.num_kv_heads * D)
+        self.v_proj = nn.Linear(C, self.num_kv_heads * D)
+        self.o_proj = nn.Linear(self.num_heads * D, C, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, layer_cache: LayerCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: LayerCache | None
     ) -> Tensor:
-        B, T, C = x.shape
-        H, kv_heads = self.heads
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + kv_heads, C // H)
-        q, k = rotate(qk.transpose(1, 2), cos, sin).split(self.heads, dim=1)        # (B, heads, T, D)
-        v = self.v_proj(x).view(B, T, kv_heads, C // H).transpose(1, 2)
-        if layer_cache is not None:
-            slots, keys, values = layer_cache
-            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)   # (B, kv heads, S, D)
-        y = self.attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        H = self.num_heads
+        kv_heads = self.num_kv_heads
+
+        # Queries and keys side by side, so that one rotation serves both.
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).unflatten(2, (H + kv_heads, -1))
+        q, k = rotate(qk.transpose(1, 2), cos, sin).split((H, kv_heads), dim=1)     # (B, heads, T, D)
+        v = self.v_proj(x).unflatten(2, (kv_heads, -1)).transpose(1, 2)
+
+        # Remember the new keys and values, and attend to all that are remembered.
+        if cache is not None:
+            k, v = cache.update(k, v)                                               # (B, kv heads, S, D)
+        y = self.attend(q, k, v, mask, causal)
+
+        # The heads side by side again.
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -122,27 +157,35 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, layer_cache: LayerCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: LayerCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer_cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or -inf.
 
-    By order in the sequence and never by position: inside a picture positions repeat and fall back. A pad
-    sees itself, because the softmax of a row that sees nothing would be NaN.
+    By order in the sequence and never by position: inside a picture positions repeat and fall back.
     """
-    keys, queries = torch.arange(S, device=slots.device), slots[:, None]
+    keys = torch.arange(S, device=slots.device)
+    queries = slots[:, None]
     visible = (keys <= queries)[None, None]
+
+    # A pad sees itself, because the softmax of a row that sees nothing would be NaN.
     if attention_mask is not None:
-        visible = (visible & attention_mask[:, None, None, :].bool()) | (keys == queries)
+        visible = (visible & attention_mask[:, None, None].bool()) | (keys == queries)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
+# ---------------------------------------------------------------------------- the model
+
 class Qwen2_5_VL(nn.Module):
-    """HF: Qwen2_5_VLForConditionalGeneration. Parameters are named as in the published files."""
+    """Parameters are named as in the published files. HF: Qwen2_5_VLForConditionalGeneration.
+
+    To generate: `positions` and `embed` once for the prompt, then `logits` again and again, with a cache.
+    `forward` does all three for whole prompts, to train or to compare.
+    """
 
     def __init__(self, config: Config, attend: Attend = sdpa):
         super().__init__()
@@ -156,18 +199,22 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def positions(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None, second_per_grid_ts: Tensor | list[float] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`rope.mrope_positions` with this model's token ids and sizes."""
-        config = self.config
-        return mrope_positions(
-            input_ids, image_token_id=config.image_token_id, video_token_id=config.video_token_id,
-            merge_size=config.vision.spatial_merge_size, tokens_per_second=config.vision.tokens_per_second,
-            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts, attention_mask=attention_mask,
+        # `rope.mrope_positions` with this model's token ids and sizes.
+        self.positions = partial(
+            mrope_positions,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            merge_size=config.vision.spatial_merge_size,
+            tokens_per_second=config.vision.tokens_per_second,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
 
     def embed(
         self,
@@ -179,25 +226,30 @@ class Qwen2_5_VL(nn.Module):
     ) -> Tensor:
         """Token embeddings (B, T, C), with vision tokens at the placeholders of pictures and videos.
 
-        input_ids: (B, T) int64; pixels: (N, 1176) floats; grids: (items, 3) int64, best on the CPU.
-        Raises ValueError where placeholders and vision tokens differ in number.
+        input_ids: (B, T) int64; pixels: (N, 1176) floats; both are moved to the model's device. Grids:
+        (items, 3) int64, best on the CPU. Raises ValueError if the numbers of placeholders and vision tokens
+        differ.
         """
-        config = self.config
+        input_ids = input_ids.to(self.device)
         x = self.model.embed_tokens(input_ids)
-        for what, placeholder, pixels, grid_thw in (
-            ("pictures", config.image_token_id, pixel_values, image_grid_thw),
-            ("videos", config.video_token_id, pixel_values_videos, video_grid_thw),
-        ):
-            if pixels is not None:
-                tokens = self.visual(pixels, grid_thw).to(x.dtype)
-                here = input_ids == placeholder
-                if here.sum() != len(tokens):
-                    raise ValueError(
-                        f"the prompt has {here.sum()} placeholders for {what}, which take {len(tokens)}")
-                x = x.masked_scatter(here[:, :, None], tokens)
+        if pixel_values is not None:
+            x = self.splice(x, input_ids == self.config.image_token_id, pixel_values, image_grid_thw)
+        if pixel_values_videos is not None:
+            x = self.splice(x, input_ids == self.config.video_token_id, pixel_values_videos, video_grid_thw)
         return x
 
-    def decode(
+    def splice(self, x: Tensor, placeholders: Tensor, pixels: Tensor, grid_thw: Tensor) -> Tensor:
+        """x (B, T, C) with the vision tokens of pictures or videos where placeholders (B, T) is true.
+
+        The whole batch is filled row by row, so items lie in order of appearance.
+        """
+        tokens = self.visual(pixels.to(x.device), grid_thw).to(x.dtype)         # (N / 4, C)
+        if placeholders.sum() != len(tokens):
+            raise ValueError(f"the prompt has {placeholders.sum()} placeholders for pictures or for videos, "
+                             f"which take {len(tokens)}")
+        return x.masked_scatter(placeholders[:, :, None], tokens)
+
+    def logits(
         self,
         x: Tensor,
         position_ids: Tensor,
@@ -208,27 +260,42 @@ class Qwen2_5_VL(nn.Module):
         """Logits (B, T, vocab) of T new tokens, which follow those that the cache holds.
 
         x: (B, T, C); position_ids: (3, B, T). attention_mask: (B, S) over stored and new tokens, 1 real and
-        0 pad; slots ahead may be in it and are not looked at. Logits at pads are finite and mean nothing.
-        last_only: logits of the last token alone, (B, 1, vocab).
-        Raises ValueError where the cache is too small.
+        0 pad; it may be longer, and slots ahead are not looked at. Logits at pads are finite and mean
+        nothing. last_only: logits of the last token alone, (B, 1, vocab).
+        Raises ValueError if the cache is too small.
         """
-        config, T = self.config, x.shape[1]
-        slots = torch.arange(T, device=x.device) if cache is None else cache.reserve(T)
-        S = T if cache is None else cache.length
+        config = self.config
+        B, T, _ = x.shape
+        assert position_ids.shape == (3, B, T), (position_ids.shape, x.shape)
+
+        # The slots of the new tokens, and how many are attended to.
+        if cache is None:
+            slots = torch.arange(T, device=x.device)
+            S = T
+        else:
+            slots = cache.reserve(T)
+            S = cache.length
         if attention_mask is not None:
             S = attention_mask.shape[1]
-            mask = causal_mask(slots, S, attention_mask, x.dtype)
-        elif T == S:
-            mask = CAUSAL
-        else:       # a single new token sees all there is
-            mask = None if T == 1 else causal_mask(slots, S, None, x.dtype)
 
+        # What a token sees. No mask tensor for a whole prompt, nor for one new token, which sees everything.
+        mask = None
+        causal = attention_mask is None and T == S
+        if attention_mask is not None or 1 < T < S:
+            mask = causal_mask(slots, S, attention_mask, x.dtype)
+
+        # The angles, once for all layers.
         cos, sin = mrope_rotary(
             position_ids, config.head_dim, config.rope_theta, config.mrope_section, x.dtype)
-        cos, sin = cos[:, None], sin[:, None]                                   # (B, 1, T, D), for all heads
-        layer_caches = [None] * config.num_hidden_layers if cache is None else cache.layers(slots, S)
-        for layer, layer_cache in zip(self.model.layers, layer_caches):
-            x = layer(x, cos, sin, mask, layer_cache)
+        cos = cos[:, None]                                                      # (B, 1, T, D), for all heads
+        sin = sin[:, None]
+
+        # Through the layers, each with its own part of the cache.
+        caches = [None] * config.num_hidden_layers if cache is None else cache.layers(slots, S)
+        for layer, layer_cache in zip(self.model.layers, caches, strict=True):
+            x = layer(x, cos, sin, mask, causal, layer_cache)
+
+        # Norm and head. A tied head is the embedding.
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)
@@ -238,7 +305,7 @@ class Qwen2_5_VL(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,    # unused: what HF reads from it, the ids say themselves
+        mm_token_type_ids: Tensor | None = None,    # unused: the ids themselves say what HF reads from it
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
@@ -247,12 +314,20 @@ class Qwen2_5_VL(nn.Module):
     ) -> Tensor:
         """Logits (B, T, vocab) of whole prompts, from a processor's dict: ours or Hugging Face's.
 
-        Raises ValueError where placeholders don't match pictures and videos.
+        Inputs are moved to the model's device. Raises ValueError if placeholders don't match pictures and
+        videos.
         """
         if position_ids is None:
             position_ids, _ = self.positions(
-                input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts)
+                input_ids,
+                attention_mask=attention_mask,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                second_per_grid_ts=second_per_grid_ts,
+            )
         x = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None       # nothing is padded: causal attention without a mask tensor
-        return self.decode(x, position_ids.to(x.device), attention_mask)
+
+        # Without pads there is nothing for the mask to say, and attention can do without.
+        if attention_mask is not None:
+            attention_mask = None if attention_mask.all() else attention_mask.to(x.device)
+        return self.logits(x, position_ids.to(x.device), attention_mask)

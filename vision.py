@@ -2,9 +2,9 @@
 
 Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
-Most blocks attend inside windows, a few inside the whole frame, none across frames or items: but for the two
-frames of a patch, time exists only in the decoder. A patch is 14 pixels a side, a merge group 28 (2 x 2
-patches, one token for the decoder), a window 112.
+Most blocks attend inside windows, a few inside the whole frame, none across frames or items: apart from the
+two frames that share a patch, only the decoder knows about time. A patch is 14 pixels a side, a merge group
+28 (2 x 2 patches, one token for the decoder), a window 112.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
 
@@ -39,11 +39,29 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...]  # blocks that attend inside the whole frame
     tokens_per_second: int                  # the decoder's time positions per second of video
 
+    def __post_init__(self):
+        group = self.patch_size * self.spatial_merge_size
+        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"vision hidden_size {self.hidden_size} must be a multiple of "
+                             f"4 x num_heads {self.num_heads}")
+        if group < 1 or self.window_size < 1 or self.window_size % group:
+            raise ValueError(f"window_size {self.window_size} must be a multiple of "
+                             f"patch_size x spatial_merge_size, {group}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def window(self) -> int:
+        """Merge groups a side of a window."""
+        return self.window_size // (self.patch_size * self.spatial_merge_size)
+
 
 # ---------------------------------------------------------------------------- shared with the decoder
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, and only then times the weight. HF: Qwen2_5_VLRMSNorm."""
+    """x / rms(x), in float32 inside and cast back, and only then times the weight. HF: Qwen2_5_VLRMSNorm."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -51,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -67,48 +85,54 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# What a query may attend to. None: every key. CAUSAL: keys up to itself, where there are as many keys as
-# queries; no mask tensor is made. A tensor: added to the scores, broadcasts to (B, 1, T, S).
-CAUSAL = "causal"
-Mask = Tensor | str | None
-Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+# Attention is a function: attend(q, k, v, mask, causal).
+#
+# q (B, H, T, D); k and v (B, kv heads, S, D), each shared by H / kv heads neighbors in q. Returns
+# (B, H, T, D). mask: None, or what to add to the scores, broadcasting to (B, H, T, S). causal: a query sees
+# the keys up to itself, for as many keys as queries, and no mask tensor is made.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """(B, kv heads, S, D) -> (B, H, S, D), each for neighbouring query heads; a view where H is the same."""
+    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; a view if H is the same."""
     return x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention by torch's fused kernels: no tensor of T x S unless the mask is one.
-
-    q: (B, H, T, D); k and v: (B, kv heads, S, D), each shared by H / kv heads neighbours in q.
-    Returns (B, H, T, D).
-    """
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention by torch's fused kernels: no tensor of T x S unless the mask is one."""
     B, H, T, D = q.shape
-    if T == 1 and mask is not CAUSAL:
+    kv_heads = k.shape[1]
+    assert k.shape == v.shape and H % kv_heads == 0, (q.shape, k.shape, v.shape)
+
+    if T == 1:
         # One new token: the queries that share a key become the query axis, and no key is repeated.
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask).reshape(B, H, T, D)
-    k, v = repeat_heads(k, H), repeat_heads(v, H)   # enable_gqa would rule out the kernels that take a mask
-    if mask is CAUSAL:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+        q = q.reshape(B, kv_heads, -1, D)
+    else:
+        # Repeated, because enable_gqa would rule out the kernels that take a mask.
+        k = repeat_heads(k, H)
+        v = repeat_heads(v, H)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    return y.reshape(B, H, T, D)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), with the softmax in float32. Arguments as for `sdpa`."""
-    T, S = q.shape[2], k.shape[2]
-    scores = q @ repeat_heads(k, q.shape[1]).transpose(2, 3) * q.shape[3] ** -0.5
-    if mask is CAUSAL:
-        scores = scores.masked_fill(torch.ones(T, S, device=q.device).triu(1).bool(), -torch.inf)
-    elif mask is not None:
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), with the softmax in float32."""
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    assert H % k.shape[1] == 0 and (T == S or not causal), (q.shape, k.shape, causal)
+
+    scores = q @ repeat_heads(k, H).transpose(2, 3) * D**-0.5
+    if causal:
+        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if mask is not None:
         scores = scores + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`sdpa` written out, for reading, checking and drawing the weights. Takes T x S of memory per head."""
-    return attention_weights(q, k, mask) @ repeat_heads(v, q.shape[1])
+    return attention_weights(q, k, mask, causal) @ repeat_heads(v, q.shape[1])
 
 
 # ---------------------------------------------------------------------------- patches and windows
@@ -126,54 +150,76 @@ class PatchEmbed(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How attention cuts up a picture or video: in each of its frames lie the same runs of equal windows."""
+    """How attention cuts up a picture or video: every frame holds the same runs of equal windows.
+
+    420 x 280 pixels in windows of 112: one frame, runs [(6, 64), (2, 48), (3, 32), (1, 24)].
+    """
     frames: int
     runs: list[tuple[int, int]]     # (number of windows, patches in each), in stored order
 
     @property
-    def patches(self) -> int:
-        return self.frames * sum(windows * patches for windows, patches in self.runs)
+    def lengths(self) -> list[int]:
+        """The patches in each window of all frames, in stored order."""
+        return self.frames * [patches for windows, patches in self.runs for _ in range(windows)]
 
 
 def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor, list[Layout]]:
     """The order of merge groups in which every window is contiguous, and how each item is cut in that order.
 
     A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are
-    smaller, not padded. Whole windows come first, then the right edge, the bottom edge, the corner: equal
-    ones are neighbours and can share an attention call. Frames and items stay where they were.
+    smaller, not padded. Equal windows become neighbors, so that they can share one attention call without a
+    mask. (Hugging Face keeps them in raster order and needs a kernel for sequences of any length.) Frames and
+    items stay where they were.
 
     grid_thw: (items, 3) in patches. Returns order (N / merge_size^2,), int64 on the CPU, to index groups by.
-    HF: get_vision_window_index (the same windows, in raster order).
+    HF: get_vision_window_index.
     """
-    order, layouts, first = [], [], 0
+    order = []
+    layouts = []
+    start = 0
     for t, h, w in grid_thw.tolist():
-        h, w = h // merge_size, w // merge_size
-        groups = torch.arange(first, first + t * h * w).view(t, h, w)
-        bottom, right = h % window, w % window
-        regions, runs = [], []
-        for band in groups.split((h - bottom, bottom), dim=1):
-            for region in band.split((w - right, right), dim=2):
-                if region.numel() > 0:
-                    wh, ww = min(window, region.shape[1]), min(window, region.shape[2])
-                    windows = region.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3)
-                    regions.append(windows.flatten(1))      # from (t, down, across, wh, ww)
-                    runs.append((windows.shape[1] * windows.shape[2], wh * ww * merge_size**2))
+        rows = h // merge_size
+        columns = w // merge_size
+        groups = torch.arange(start, start + t * rows * columns).view(t, rows, columns)
+        start += t * rows * columns
+
+        # Four regions, each of equal windows: whole ones, the right edge, the bottom edge, the corner.
+        regions = []
+        runs = []
+        for band in groups.split((rows - rows % window, rows % window), dim=1):
+            for region in band.split((columns - columns % window, columns % window), dim=2):
+                if region.numel() == 0:
+                    continue
+                height = min(window, region.shape[1])
+                width = min(window, region.shape[2])
+                windows = region.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+                windows = windows.transpose(2, 3)       # t, down, across, height, width
+                regions.append(windows.flatten(1))
+                runs.append((windows.shape[1] * windows.shape[2], height * width * merge_size**2))
+
         order.append(torch.cat(regions, dim=1).flatten())
         layouts.append(Layout(t, runs))
-        first += t * h * w
     return torch.cat(order), layouts
 
 
-def attend_windows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attention inside every window of one item, a call per run. (N, H, D) each -> (N, H * D)."""
-    N, H, D = q.shape
-    frames, runs = layout
-    sizes = [windows * patches for windows, patches in runs]
-    q_runs, k_runs, v_runs = (x.view(frames, N // frames, H, D).split(sizes, dim=1) for x in (q, k, v))
+def reorder(x: Tensor, order: Tensor, group: int) -> Tensor:
+    """The rows of x (N, ...), which come in groups of `group` neighbors, with the groups in another order."""
+    return x.unflatten(0, (-1, group))[order].flatten(0, 1)
+
+
+def attend_windows(attend: Attend, qkv: Tensor, layout: Layout) -> Tensor:
+    """Attention inside every window of one item, a call per run. (N, 3, H, D) -> (N, H * D)."""
+    N, _, H, D = qkv.shape
+    lengths = [windows * patches for windows, patches in layout.runs]
+    pieces = qkv.view(layout.frames, -1, 3, H, D).split(lengths, dim=1)
+
     out = []
-    for (windows, patches), *qkv in zip(runs, q_runs, k_runs, v_runs):
-        batch = [x.reshape(frames * windows, patches, H, D).transpose(1, 2) for x in qkv]   # (B, H, T, D)
-        out.append(attend(*batch, None).transpose(1, 2).reshape(frames, windows * patches, H * D))
+    for (windows, patches), piece in zip(layout.runs, pieces, strict=True):
+        # The windows of all frames become the batch axis.
+        piece = piece.reshape(layout.frames * windows, patches, 3, H, D)
+        q, k, v = piece.permute(2, 0, 3, 1, 4)                                  # (B, H, T, D) each
+        y = attend(q, k, v, None, False)
+        out.append(y.transpose(1, 2).reshape(layout.frames, windows * patches, H * D))
     return torch.cat(out, dim=1).view(N, H * D)
 
 
@@ -182,16 +228,22 @@ def attend_windows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layo
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, attend: Attend):
         super().__init__()
-        self.num_heads, self.attend = config.num_heads, attend
+        self.num_heads = config.num_heads
+        self.attend = attend
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layouts: list[Layout]) -> Tensor:
-        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))                             # (N, 3, H, D)
-        q, k = rotate(qkv[:, :2].float(), cos, sin).to(x.dtype).unbind(1)                   # (N, H, D) each
-        sizes = [layout.patches for layout in layouts]
-        items = zip(q.split(sizes), k.split(sizes), qkv[:, 2].split(sizes), layouts)
-        return self.proj(torch.cat([attend_windows(self.attend, *item) for item in items]))
+        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))                 # (N, 3, H, D)
+
+        # Queries and keys are rotated in float32, whatever the dtype. cos and sin: (N, 1, 1, D).
+        qk = rotate(qkv[:, :2].float(), cos, sin).to(x.dtype)
+        qkv = torch.cat((qk, qkv[:, 2:]), dim=1)
+
+        # No item sees another.
+        items = qkv.split([sum(layout.lengths) for layout in layouts])
+        y = [attend_windows(self.attend, item, layout) for item, layout in zip(items, layouts, strict=True)]
+        return self.proj(torch.cat(y))
 
 
 class VisionBlock(nn.Module):
@@ -208,14 +260,17 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The patches of a merge group, which are neighbours in x, become one token of the decoder's width."""
+    """The patches of a merge group, which are neighbors in x, become one token of the decoder's width."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.dim = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)       # each patch by itself, before they are joined
-        self.mlp = nn.Sequential(nn.Linear(self.dim, self.dim), nn.GELU(),
-                                 nn.Linear(self.dim, config.out_hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(self.dim, self.dim),
+            nn.GELU(),
+            nn.Linear(self.dim, config.out_hidden_size),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.dim))
@@ -234,21 +289,29 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Vision tokens (N / 4, out_hidden_size), merge groups in reading order: time, row, column.
 
-        pixel_values: (N, 1176), rows in merge-group order. grid_thw: (items, 3) int64, best on the CPU:
-        from a GPU it must be fetched, which waits.
+        pixel_values: (N, 1176), rows in merge-group order. grid_thw: (items, 3) int64; keep it on the CPU: on
+        a GPU, reading it back would stall.
         """
-        config, weight, merge = self.config, self.patch_embed.proj.weight, self.config.spatial_merge_size
-        order, windowed = window_order(grid_thw, merge, config.window_size // (config.patch_size * merge))
-        full = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
-        positions = vision_positions(grid_thw, merge)
-        order, inverse, positions = (
-            x.to(weight.device, non_blocking=True) for x in (order, order.argsort(), positions))
+        config = self.config
+        merge = config.spatial_merge_size
+        weight = self.patch_embed.proj.weight
+        assert len(pixel_values) == grid_thw.prod(dim=1).sum(), (pixel_values.shape, grid_thw)
 
-        # Into window order once, and out of it once at the end: full blocks don't mind.
-        to_windows = lambda x: x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-        x = to_windows(self.patch_embed(pixel_values.to(weight.dtype)))                         # (N, C)
-        cos, sin = vision_rotary(to_windows(positions), config.hidden_size // config.num_heads)
-        cos, sin = cos[:, None, None], sin[:, None, None]                   # (N, 1, 1, D): q and k, all heads
+        # How attention cuts the patches: in windows for most blocks, in whole frames for a few.
+        order, windowed = window_order(grid_thw, merge, config.window)
+        full = [Layout(t, [(1, h * w)]) for t, h, w in grid_thw.tolist()]
+
+        # Positions travel along with their patches.
+        positions = reorder(vision_positions(grid_thw, merge), order, merge**2)
+        cos, sin = vision_rotary(positions.to(weight.device, non_blocking=True), config.head_dim)
+        cos = cos[:, None, None]                                # (N, 1, 1, D): for q and k, and all heads
+        sin = sin[:, None, None]
+        inverse = order.argsort().to(weight.device, non_blocking=True)
+        order = order.to(weight.device, non_blocking=True)
+
+        # Into window order once, and out of it once, at the end: a full block gives the same in any order.
+        x = self.patch_embed(pixel_values.to(weight.dtype))     # (N, C)
+        x = reorder(x, order, merge**2)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, full if i in config.fullatt_block_indexes else windowed)
         return self.merger(x)[inverse]
