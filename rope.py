@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Item = tuple[int, int, int, float]      # frames, rows, columns in merge groups; seconds from frame to frame
+Item = tuple[int, int, int, float]      # temporal patches, rows, columns; seconds per temporal patch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def inv_freq(dim: int, theta: float, device: torch.device) -> Tensor:
     return (1.0 / theta**exponents).to(device)
 
 
-# ---------------------------------------------------------------------------- two axes: patches
+# ---------------------------------------------------------------------------- two axes, for patches
 
 def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
     """Row and column of every patch, in stored order.
@@ -58,7 +58,8 @@ def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
         frame = torch.stack((rows, columns), dim=-1)                            # (h, w, 2)
 
         # From raster order to merge groups: group row, group column, row, column, 2.
-        groups = frame.view(h // merge_size, merge_size, w // merge_size, merge_size, 2).transpose(1, 2)
+        groups = frame.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
+        groups = groups.transpose(1, 2)
         items.append(groups.reshape(h * w, 2).repeat(t, 1))
     return torch.cat(items)
 
@@ -74,20 +75,23 @@ def vision_rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
     return angles.cos(), angles.sin()
 
 
-# ---------------------------------------------------------------------------- three axes: tokens
+# ---------------------------------------------------------------------------- three axes, for tokens
 
-def item_positions(start: int, item: Item, tokens_per_second: int) -> list[list[int]]:
+def item_positions(start: int, item: Item, merge_size: int, tokens_per_second: int) -> list[list[int]]:
     """[time, row, column] of the merge groups of a picture or video that begins at `start`."""
     t, h, w, interval = item
+    rows = torch.arange(h // merge_size)
+    columns = torch.arange(w // merge_size)
 
     # Float32, multiplied in this order, and only then truncated: HF 4.57 truncates the seconds first.
     times = (torch.arange(t) * interval * tokens_per_second).long()
-    axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
-    return (start + torch.stack(axes, dim=-1)).reshape(-1, 3).tolist()
+    axes = torch.meshgrid(times, rows, columns, indexing="ij")
+    groups = torch.stack(axes, dim=-1).view(-1, 3)              # in reading order
+    return (start + groups).tolist()
 
 
 def row_positions(
-    ids: list[int], waiting: dict[int, list[Item]], tokens_per_second: int
+    ids: list[int], waiting: dict[int, list[Item]], merge_size: int, tokens_per_second: int
 ) -> tuple[list[list[int]], int]:
     """[time, row, column] of each of a prompt's tokens, and the position that comes after all of them.
 
@@ -96,12 +100,13 @@ def row_positions(
     positions = []
     start = 0
     while len(positions) < len(ids):
-        token = ids[len(positions)]
+        i = len(positions)
+        token = ids[i]
         if token in waiting:
             if not waiting[token]:
                 raise ValueError("the prompt has more placeholders than there are pictures or videos")
-            block = item_positions(start, waiting[token].pop(0), tokens_per_second)
-            if ids[len(positions):len(positions) + len(block)] != [token] * len(block):
+            block = item_positions(start, waiting[token].pop(0), merge_size, tokens_per_second)
+            if ids[i:i + len(block)] != [token] * len(block):
                 raise ValueError(f"an item of {len(block)} merge groups takes as many placeholders")
         else:
             block = [[start] * 3]       # text: all three axes move together
@@ -149,11 +154,10 @@ def mrope_positions(
     if len(videos) != len(seconds):
         raise ValueError(f"{len(videos)} videos but {len(seconds)} second_per_grid_ts: pass one for each")
 
-    # In merge groups, by placeholder. A picture has no time.
-    m = merge_size
+    # By placeholder, in the order of the whole batch. A picture has no time.
     waiting = {
-        image_token_id: [(t, h // m, w // m, 0.0) for t, h, w in images],
-        video_token_id: [(t, h // m, w // m, s) for (t, h, w), s in zip(videos, seconds)],
+        image_token_id: [(*grid, 0.0) for grid in images],
+        video_token_id: [(*grid, interval) for grid, interval in zip(videos, seconds)],
     }
 
     # Row by row, pads left out.
@@ -163,8 +167,8 @@ def mrope_positions(
     next_position = []
     for b, real in enumerate(attention_mask.bool().cpu()):
         ids = input_ids[b].cpu()[real].tolist()
-        positions, following = row_positions(ids, waiting, tokens_per_second)
-        position_ids[:, b, real] = torch.tensor(positions, dtype=torch.int64).reshape(-1, 3).T
+        positions, following = row_positions(ids, waiting, merge_size, tokens_per_second)
+        position_ids[:, b, real] = torch.tensor(positions, dtype=torch.int64).view(-1, 3).T
         next_position.append(following)
 
     if any(waiting.values()):
@@ -183,6 +187,8 @@ def mrope_rotary(
     frequencies = inv_freq(head_dim, theta, position_ids.device).split(section)
 
     # Each axis with its own share of the frequencies; strict, because HF also makes (4, B, T) tensors.
-    angles = [axis[..., None].float() * f for axis, f in zip(position_ids, frequencies, strict=True)]
+    angles = []
+    for axis, part in zip(position_ids, frequencies, strict=True):
+        angles.append(axis[:, :, None].float() * part)
     angles = torch.cat(angles, dim=-1).repeat(1, 1, 2)                          # (B, T, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
