@@ -60,17 +60,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="generate.py", allow_abbrev=False, description="Ask Qwen2.5-VL about pictures and "
                     "videos; without arguments the tiny checkpoint describes the demo picture.")
     add = parser.add_argument
-    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
+
+    # What to ask.
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable, in order")
     add("--video", metavar="PATH", help="a folder of frames (with --fps) or an animated GIF, WebP or PNG")
     add("--fps", type=float, help="frames per second: of a folder, as taken; of an animation, as sampled")
+    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; 784 pixels become a token")
     add("--prompt", help=f"the question; - reads stdin (default: {DEMO_PROMPT!r})")
     add("--system", help="the system prompt (default: the template's)")
+
+    # How to answer.
     add("--max-new-tokens", type=int, default=256, metavar="N")
     add("--temperature", type=float, help="0 is greedy (default: the checkpoint's)")
     add("--top-p", type=float, help="(default: the checkpoint's)")
     add("--seed", type=int, help="makes sampling repeatable")
-    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures; 784 pixels become a token")
+
+    # Whom to ask.
+    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
     add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
@@ -142,6 +148,7 @@ def line_after(start: float, times: list[float], device: torch.device) -> str:
         line += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} a second"
     line += f"; {len(times)} tokens"
 
+    # What the device, or else the process, had in use at most.
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     elif resource is not None:      # in kilobytes, on macOS in bytes
