@@ -15,24 +15,25 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from generate import generate
-from load_weights import checkpoint, load_generation_config, load_model
-from model import Qwen2_5_VL
-from processing import Box, Processor, Size, load_processor, open_image, to_original
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from load_weights import checkpoint, load_generation_config, load_model, load_processor
+from model import Qwen2_5_VL
+from processing import Box, Processor, Size, open_image, to_original
+from sampling import generate
 
 
 def read_boxes(answer: str) -> list[tuple[Box, str]]:
     """(box, label) of every object with a "bbox_2d" in an answer: bare, fenced, listed, cut off."""
     boxes = []
     for text in re.findall(r"\{[^{}]*\}", answer):
+        # A model may write anything between braces.
         try:
             entry = json.loads(text)
         except ValueError:
             continue
+
         box = entry.get("bbox_2d")
         if isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) for n in box):
             boxes.append((tuple(box), str(entry.get("label", ""))))
@@ -56,8 +57,11 @@ def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Imag
     draw = ImageDraw.Draw(picture)
     width = max(1, round(min(picture.size) / 200))
     for box, label in boxes:
+        # The box: a black line with white beside it.
         draw.rectangle(box, outline="white", width=3 * width)
         draw.rectangle(box, outline="black", width=width)
+
+        # The label, inside its upper left corner.
         place = (box[0] + 3 * width, box[1] + 3 * width)
         draw.rectangle(draw.textbbox(place, label), fill="black")
         draw.text(place, label, fill="white")
@@ -66,25 +70,34 @@ def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Imag
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("picture")
-    parser.add_argument("prompt")
-    parser.add_argument("out", help="the picture to write")
-    parser.add_argument("--model", default=ROOT / "tiny",
-                        help="a checkpoint's directory or hub id (default: tiny/)")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    add = parser.add_argument
+    add("picture")
+    add("prompt")
+    add("out", help="the picture to write")
+    add("--model", default=ROOT / "tiny", help="a checkpoint's directory or hub id (default: tiny/)")
+    add("--max-new-tokens", type=int, default=512)
+    add("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args(argv)
+
     try:
-        picture, path = open_image(args.picture), checkpoint(args.model)
+        # Ask.
+        picture = open_image(args.picture)
+        path = checkpoint(args.model)
         settings = load_generation_config(path) | dict(max_new_tokens=args.max_new_tokens)
         answer, resized = locate(load_model(path), load_processor(path), picture, args.prompt, **settings)
+
+        # From pixels of the resized picture to those of the original.
         original = (picture.height, picture.width)
-        boxes = [(tuple(round(n) for n in to_original(box, resized, original)), label)
-                 for box, label in read_boxes(answer)]
+        boxes = []
+        for box, label in read_boxes(answer):
+            corners = to_original(box, resized, original)
+            boxes.append((tuple(round(n) for n in corners), label))
         draw_boxes(picture, boxes).save(args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+    # Say.
     if args.json:
         print(json.dumps([{"bbox_2d": box, "label": label} for box, label in boxes]))
     else:
