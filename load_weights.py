@@ -216,7 +216,7 @@ def load_processor(
         ("merge_size", tower.spatial_merge_size),
     ):
         if image.get(name, size) != size:
-            raise ValueError(f"{path}: its preprocessor says {name} {image[name]}, its config.json {size}; "
+            raise ValueError(f"{path}: its preprocessor says {name} {image[name]!r}, its config.json {size}; "
                              "get both again")
 
     # Limits come in two forms: by name, or as edges of a size.

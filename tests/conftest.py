@@ -159,7 +159,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-# ---------------------------------------------------------------------------- prompts for them
+# ---------------------------------------------------------------------------- inputs for them
+
+def noise(*shape, seed=0):
+    """Normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 
 ROWS = {
     "text": [[40]],

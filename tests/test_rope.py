@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE, VIDEO, assert_equal, prompts, small_config
+from conftest import IMAGE, VIDEO, assert_equal, noise, prompts, small_config
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 from transformers.vision_utils import get_vision_position_ids
@@ -11,56 +11,91 @@ from rope import mrope_positions, mrope_rotary, rotate, vision_positions, vision
 
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, merge_size=2, tokens_per_second=2)
 GRIDS = torch.tensor([[1, 20, 24], [3, 6, 10], [1, 4, 4]])
+PICTURE = GRIDS[2:]         # of four merge groups
+SECTION = (4, 6, 6)
 
 
-def test_patches_in_raster_order():
-    frame = vision_positions(torch.tensor([[1, 4, 4]]), merge_size=2)
-    assert (frame[:, 0] * 4 + frame[:, 1]).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert_equal("positions of patches", vision_positions(GRIDS, 2), get_vision_position_ids(GRIDS, 2))
+# ---------------------------------------------------------------------------- rotary
+
+def test_rotary_pairs_halves():
+    """Bug: channel i is paired with its neighbor and not with channel i + D/2."""
+    positions = torch.arange(30).expand(3, 1, 30)
+    cos, sin = mrope_rotary(positions, 32, 1e6, SECTION, torch.float32)
+    q, k = noise(2, 1, 2, 30, 32)
+    theirs = hf.apply_rotary_pos_emb(q, k, cos, sin)
+    for x, rotated in zip((q, k), theirs, strict=True):
+        ours = rotate(x, cos[:, None], sin[:, None])
+        assert_equal("rotated queries and keys", ours, rotated)
 
 
-def test_rows_and_columns_swapped_in_the_tower():
+def test_rows_come_before_columns_in_the_tower():
+    """Bug: the first half of the channels rotates with the column."""
     rotary = hf.Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLConfig(**small_config()).vision_config)
     positions = vision_positions(GRIDS, 2)
-    for ours, theirs in zip(vision_rotary(positions, head_dim=40), rotary(torch.zeros(1), positions)):
-        assert_equal("cos and sin, vision", ours, theirs)
+    theirs = rotary(torch.zeros(1), positions)
+    for a, b in zip(vision_rotary(positions, head_dim=40), theirs, strict=True):
+        assert_equal("cos and sin, vision", a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sections_interleaved(dtype):
-    """The axes differ by far, so that a pair turned by the wrong one shows; also angles cast too early."""
+def test_sections_are_contiguous(dtype):
+    """Bugs: the axes take turns, or the angles are cast too early.
+
+    The axes differ by far, so that a pair rotated with the wrong one shows.
+    """
     rotary = hf.Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLConfig(**small_config()).text_config)
-    axes = (torch.arange(0, 900, 13), torch.arange(5000, 5070), torch.arange(20000, 22100, 30))
-    positions = torch.stack(axes).unsqueeze(1).repeat(1, 2, 1)
+    times = torch.arange(0, 900, 13)
+    rows = torch.arange(5000, 5070)
+    columns = torch.arange(20000, 22100, 30)
+    positions = torch.stack((times, rows, columns))[:, None].repeat(1, 2, 1)
+
+    ours = mrope_rotary(positions, 32, 1e6, SECTION, dtype)
     theirs = rotary(torch.zeros(1, dtype=dtype), positions)
-    for a, b in zip(mrope_rotary(positions, 32, 1e6, (4, 6, 6), dtype), theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert_equal("cos and sin, decoder", a, b)
 
 
-def test_rotary_of_neighbours_instead_of_halves():
-    cos, sin = mrope_rotary(torch.arange(30).expand(3, 1, 30), 32, 1e6, (4, 6, 6), torch.float32)
-    q, k = torch.randn(2, 1, 2, 30, 32, generator=torch.Generator().manual_seed(0))
-    for ours, theirs in zip((rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])),
-                            hf.apply_rotary_pos_emb(q, k, cos, sin)):
-        assert_equal("rotated queries and keys", ours, theirs)
+def test_a_fourth_axis_is_refused():
+    """Bug: of Hugging Face's (4, B, T), whose first is the text's own, the first three are taken."""
+    with pytest.raises(ValueError, match="zip"):
+        mrope_rotary(torch.zeros(4, 1, 5), 32, 1e6, SECTION, torch.float32)
 
 
-def test_text_after_a_picture_counts_its_tokens(pairs):
-    """Of one picture, of none, of three; in a padded batch."""
-    inputs = prompts([[5, (20, 24), 7], [40], [3, (10, 26), (18, 8), 4, (4, 4)]])
+# ---------------------------------------------------------------------------- positions of patches
+
+def test_patch_positions_follow_merge_groups():
+    """Bug: patches are taken to lie in raster order."""
+    rows, columns = vision_positions(PICTURE, merge_size=2).T
+    raster = 4 * rows + columns
+    assert raster.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert_equal("positions of patches", vision_positions(GRIDS, 2), get_vision_position_ids(GRIDS, 2))
+
+
+# ---------------------------------------------------------------------------- positions of tokens
+
+def test_text_resumes_after_the_largest_position(pairs):
+    """Bug: text after a picture goes on by the number of its tokens. One picture, none, three; padded."""
+    one = [5, (20, 24), 7]
+    three = [3, (10, 26), (18, 8), 4, (4, 4)]
+    inputs = prompts([one, [40], three])
+    types = inputs["mm_token_type_ids"]
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_grid_thw")}
     ours, following = mrope_positions(**given, **IDS)
-    theirs, deltas = pairs("sdpa").hf.model.get_rope_index(
-        **given, mm_token_type_ids=inputs["mm_token_type_ids"])
+    theirs, deltas = pairs("sdpa").hf.model.get_rope_index(**given, mm_token_type_ids=types)
+
     real = inputs["attention_mask"].bool()
     assert_equal("positions of text and pictures", ours[:, real], theirs[:, real])
-    assert torch.equal(following, deltas[:, 0] + real.sum(1))
+    assert torch.equal(following, deltas[:, 0] + real.sum(dim=1))
 
 
-def test_first_answer_token_one_position_too_far():
+def test_answer_follows_the_prompt():
+    """Bug: the first token of the answer goes one position too far."""
     ids = torch.tensor([[7, IMAGE, IMAGE, IMAGE, IMAGE, 8]])
-    positions, following = mrope_positions(ids, **IDS, image_grid_thw=torch.tensor([[1, 4, 4]]))
-    assert positions[:, 0].tolist() == [[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]]
+    positions, following = mrope_positions(ids, **IDS, image_grid_thw=PICTURE)
+    time, row, column = positions[:, 0].tolist()
+    assert time == [0, 1, 1, 1, 1, 3]
+    assert row == [0, 1, 1, 2, 2, 3]
+    assert column == [0, 1, 2, 1, 2, 3]
     assert following.tolist() == [4]
 
 
@@ -71,33 +106,43 @@ def test_first_answer_token_one_position_too_far():
     (2.0, [4, 8, 12, 16, 20, 24], 25),
     (0.1, [4, 4, 4, 4, 4, 5], 6),           # rows reach 5: the largest position is not always a time
 ])
-def test_seconds_truncated_or_text_too_early(seconds, times, after):
-    """The rule of the training code. transformers 5.23.0 lets text resume at 6 whatever the times are."""
-    ids = torch.tensor([[1, 2, 3, 4] + [VIDEO] * 24 + [5]])
-    positions, following = mrope_positions(
-        ids, **IDS, video_grid_thw=torch.tensor([[6, 4, 4]]), second_per_grid_ts=torch.tensor([seconds]))
-    assert positions[0, 0, 4:-1].tolist() == [time for time in times for _ in range(4)]
-    assert positions[1:, 0, 4:8].tolist() == [[4, 4, 5, 5], [4, 5, 4, 5]]
-    assert positions[:, 0, -1].tolist() == [after] * 3 and following.tolist() == [after + 1]
+def test_video_times_go_by_the_seconds(seconds, times, after):
+    """Bugs: seconds truncated, or text too early: transformers 5.23.0 lets it resume at 6 in all cases.
+
+    The rule is that of the training code.
+    """
+    ids = torch.tensor([[1, 2, 3, 4, *[VIDEO] * 24, 5]])
+    video = dict(video_grid_thw=torch.tensor([[6, 4, 4]]), second_per_grid_ts=[seconds])
+    positions, following = mrope_positions(ids, **IDS, **video)
+    time, row, column = positions[:, 0].tolist()
+
+    # Four merge groups at each time, and then text.
+    assert time == [0, 1, 2, 3, *sorted(4 * times), after]
+    assert row == [0, 1, 2, 3, *[4, 4, 5, 5] * 6, after]
+    assert column == [0, 1, 2, 3, *[4, 5, 4, 5] * 6, after]
+    assert following.tolist() == [after + 1]
 
 
-def test_seconds_times_speed_before_index():
-    """(i * seconds) * speed in float32, in this order: i * (seconds * speed) truncates to another number."""
+def test_index_times_seconds_comes_first():
+    """Bug: i * (seconds * speed), which truncates to another number than (i * seconds) * speed in float32."""
     ids = torch.full((1, 50), VIDEO)
-    positions, _ = mrope_positions(
-        ids, **IDS | dict(tokens_per_second=25), video_grid_thw=torch.tensor([[50, 2, 2]]),
-        second_per_grid_ts=[0.28])
-    expected = [int(torch.tensor(i * 1.0) * 0.28 * 25) for i in range(50)]
-    other = [int(torch.tensor(i * 1.0) * (0.28 * 25)) for i in range(50)]
-    assert positions[0, 0].tolist() == expected != other
+    grid_thw = torch.tensor([[50, 2, 2]])
+    fast = IDS | dict(tokens_per_second=25)
+    positions, _ = mrope_positions(ids, **fast, video_grid_thw=grid_thw, second_per_grid_ts=[0.28])
+
+    i = torch.arange(50).float()
+    times = (i * 0.28 * 25).long()
+    assert torch.equal(positions[0, 0], times)
+    assert not torch.equal(times, (i * (0.28 * 25)).long())
 
 
 @pytest.mark.parametrize("ids, grids, message", [
-    ([1, 2], dict(image_grid_thw=torch.tensor([[1, 4, 4]])), "more pictures or videos than"),
+    ([1, 2], dict(image_grid_thw=PICTURE), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
-    ([IMAGE] * 3 + [1], dict(image_grid_thw=torch.tensor([[1, 4, 4]])), "4 merge groups takes as many"),
-    ([VIDEO] * 4, dict(video_grid_thw=torch.tensor([[1, 4, 4]])), "0 second_per_grid_ts: pass one"),
+    ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups takes as many"),
+    ([VIDEO] * 4, dict(video_grid_thw=PICTURE), "1 videos but 0 second_per_grid_ts: pass one"),
 ])
-def test_wrong_placeholders_computed_instead_of_refused(ids, grids, message):
+def test_placeholders_must_match_grids_and_seconds(ids, grids, message):
+    """Bug: positions are computed all the same."""
     with pytest.raises(ValueError, match=message):
         mrope_positions(torch.tensor([ids]), **IDS, **grids)

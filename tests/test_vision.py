@@ -3,132 +3,168 @@
 import copy
 
 import torch
-from conftest import assert_close, assert_equal
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Largest, assert_close, assert_equal, noise
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 from transformers.vision_utils import get_vision_window_index
 
 import vision
 from rope import vision_positions, vision_rotary
-from vision import RMSNorm, VisionTransformer, window_order
+from vision import Layout, RMSNorm, VisionTransformer, window_order
 
-GRIDS = [       # among their regions: whole windows, right edges, bottom edges, corners, each also alone
-    (1, 20, 26), (3, 10, 18), (2, 18, 6), (1, 8, 8), (1, 4, 30), (1, 6, 4), (1, 4, 40), (1, 16, 6)]
+# Among their regions: whole windows, right edges, bottom edges, corners, each also alone.
+GRIDS = [
+    (1, 20, 26), (3, 10, 18), (2, 18, 6), (1, 8, 8), (1, 4, 30), (1, 6, 4), (1, 4, 40), (1, 16, 6),
+]
 
 
 def seeded(grids):
     """Random pixels and the grid tensor for a list of (t, h, w) in patches."""
     grid_thw = torch.tensor(grids)
-    return torch.randn(grid_thw.prod(1).sum(), 1176, generator=torch.Generator().manual_seed(1)), grid_thw
+    return noise(grid_thw.prod(dim=1).sum(), 1176, seed=1), grid_thw
 
 
-def test_windows_left_out_or_not_put_back(pair):
+# ---------------------------------------------------------------------------- windows, frames, items
+
+def test_tower_equals_hugging_face(pair):
+    """Bugs: windows left out or of another size, full blocks elsewhere, the order of windows not undone."""
     pixels, grid_thw = seeded(GRIDS)
     theirs = pair.hf.model.visual(pixels, grid_thw=grid_thw).pooler_output
     assert_close("vision tower", pair.ours.visual(pixels, grid_thw), theirs)
 
 
-def test_windows_of_another_size():
-    """Hugging Face's windows, as sets of merge groups; equal ones neighbours; frames where they were."""
+def members(order, sizes):
+    """Windows as sets of merge groups."""
+    return {frozenset(window.tolist()) for window in order.split(sizes)}
+
+
+def test_windows_equal_hugging_face():
+    """Bugs: windows padded at the edges, or equal windows of several frames or items sorted together."""
     grid_thw = torch.tensor(GRIDS)
     order, layouts = window_order(grid_thw, merge_size=2, window=4)
-    sizes = [patches // 4 for frames, runs in layouts for _ in range(frames)
-             for n, patches in runs for _ in range(n)]
+    sizes = [patches // 4 for layout in layouts for patches in layout.lengths]
     theirs, ends = get_vision_window_index(grid_thw, spatial_merge_size=2, window_size=112, patch_size=14)
     their_sizes = (ends.diff() // 4).tolist()
-    members = lambda order, sizes: {frozenset(window.tolist()) for window in order.split(sizes)}
     assert_equal("members of windows", members(order, sizes), members(theirs, their_sizes))
-    assert all(len(runs) <= 4 for _, runs in layouts)
-    frames = [h * w // 4 for t, h, w in GRIDS for _ in range(t)]
-    for frame, start in zip(order.split(frames), torch.tensor([0, *frames]).cumsum(0)):
-        assert torch.equal(frame.sort().values, start + torch.arange(len(frame)))
+
+    # Equal windows are neighbors, so four runs suffice.
+    assert all(len(layout.runs) <= 4 for layout in layouts)
+
+    # Every frame has stayed where it was.
+    start = 0
+    for t, h, w in GRIDS:
+        groups = h * w // 4
+        for _ in range(t):
+            frame = order[start:start + groups]
+            assert frame.sort().values.tolist() == list(range(start, start + groups))
+            start += groups
 
 
-def test_items_see_each_other(pair):
+def test_items_do_not_see_each_other(pair):
+    """Bug: the full blocks attend over everything that lies in the sequence."""
     pixels, grid_thw = seeded([(1, 20, 26), (2, 18, 6)])
-    both, n = pair.ours.visual(pixels, grid_thw), 20 * 26
-    assert_close("itself: items together = alone", both[:n // 4], pair.ours.visual(pixels[:n], grid_thw[:1]))
-    assert_close("itself: items together = alone", both[n // 4:], pair.ours.visual(pixels[n:], grid_thw[1:]))
+    both = pair.ours.visual(pixels, grid_thw)
+
+    first = pair.ours.visual(pixels[:520], grid_thw[:1])
+    second = pair.ours.visual(pixels[520:], grid_thw[1:])
+    assert_close("itself: items together = alone", both[:130], first)
+    assert_close("itself: items together = alone", both[130:], second)
 
 
-def test_frames_see_each_other(pair):
+def test_frames_do_not_see_each_other(pair):
+    """Bug: the full blocks attend over a whole video."""
     pixels, grid_thw = seeded([(3, 10, 18)])
-    alone = [pair.ours.visual(frame, torch.tensor([[1, 10, 18]])) for frame in pixels.split(180)]
+    frame_thw = torch.tensor([[1, 10, 18]])
+    alone = [pair.ours.visual(frame, frame_thw) for frame in pixels.split(180)]
     assert_close("itself: frames together = alone", pair.ours.visual(pixels, grid_thw), torch.cat(alone))
 
 
-def test_windows_one_call_each(pairs, monkeypatch):
-    """A windowed block makes at most four attention calls per item, whatever its size, a full one makes one.
-    """
-    tower, calls = pairs("sdpa").ours.visual, []
-    for number, block in enumerate(tower.blocks):
-        def counted(*args, number=number):
-            calls[number] += 1
+def test_equal_windows_share_a_call(pairs, monkeypatch):
+    """Bug: an attention call for every window or frame, where one per run would do."""
+    tower = pairs("sdpa").ours.visual
+    calls = [0] * len(tower.blocks)
+
+    def counted(i):
+        def attend(*args):
+            calls[i] += 1
             return vision.sdpa(*args)
-        monkeypatch.setattr(block.attn, "attend", counted)
-        calls.append(0)
+        return attend
+
+    for i, block in enumerate(tower.blocks):
+        monkeypatch.setattr(block.attn, "attend", counted(i))
     tower(*seeded([(5, 20, 26), (1, 50, 36)]))
+
+    # Two items: at most four calls each in a windowed block, one each in a full one.
     assert calls == [8, 2, 8, 2]
 
 
-def test_norm_casts_back_after_the_weight():
-    """In float32 the order does not show; in bfloat16 it does."""
-    x = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight = torch.rand(160, generator=torch.Generator().manual_seed(1)).bfloat16() + 0.5
-    ours, theirs = RMSNorm(160, eps=1e-2).bfloat16(), hf.Qwen2_5_VLRMSNorm(160, eps=1e-2).bfloat16()
-    ours.weight.data = theirs.weight.data = weight
+# ---------------------------------------------------------------------------- arithmetic
+
+def test_norm_casts_back_before_the_weight():
+    """Bug: it casts back after the weight. In float32 the order does not show; in bfloat16 it does."""
+    x = noise(64, 160).bfloat16()
+    weight = noise(160, seed=1).bfloat16()
+    ours = RMSNorm(160, eps=1e-2).bfloat16()
+    theirs = hf.Qwen2_5_VLRMSNorm(160, eps=1e-2).bfloat16()
+    ours.weight.data = weight
+    theirs.weight.data = weight
     assert_equal("RMSNorm in bfloat16", ours(x), theirs(x))
 
 
-def test_wrong_eps(pair):
-    """Values so small that eps is as large as their squares; for larger ones 1e-5 does as well as 1e-6."""
+def test_norm_eps_equals_hugging_face(pair):
+    """Bug: 1e-5, which does as well for pixels of usual size. These are so small that eps is as large as
+    their squares.
+    """
     pixels, grid_thw = seeded([(1, 6, 4)])
-    theirs = pair.hf.model.visual(pixels * 1e-3, grid_thw=grid_thw).pooler_output
-    assert_close("vision tower", pair.ours.visual(pixels * 1e-3, grid_thw), theirs)
+    pixels *= 1e-3
+    theirs = pair.hf.model.visual(pixels, grid_thw=grid_thw).pooler_output
+    assert_close("vision tower", pair.ours.visual(pixels, grid_thw), theirs)
 
 
-def test_angles_in_bfloat16(pairs):
-    """What a bfloat16 block attends with: queries and keys that were turned in float32."""
-    block, got = copy.deepcopy(pairs("sdpa").ours.visual.blocks[0].attn).bfloat16(), []
-    block.attend = lambda q, k, v, mask: got.append((q, k)) or v
-    cos, sin = vision_rotary(vision_positions(torch.tensor([[1, 60, 62]]), 2), 40)
-    x = torch.randn(60 * 62, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
-    block(x, cos[:, None, None], sin[:, None, None], [vision.Layout(1, [(1, 60 * 62)])])
-    q, k, _ = block.qkv(x).view(-1, 3, 4, 40).unbind(1)
-    for ours, theirs in zip(got[0], hf.apply_rotary_pos_emb_vision(q, k, cos, sin)):
-        assert_equal("rotated queries and keys", ours[0].transpose(0, 1), theirs)
+def test_angles_are_float32(pairs):
+    """Bug: a bfloat16 block rotates its queries and keys in bfloat16."""
+    attention = copy.deepcopy(pairs("sdpa").ours.visual.blocks[0].attn).bfloat16()
+    rotated = []
+
+    def attend(q, k, v, mask, causal):
+        rotated.extend([q, k])
+        return v
+
+    # One large frame, so that there are large angles.
+    attention.attend = attend
+    grid_thw = torch.tensor([[1, 60, 62]])
+    cos, sin = vision_rotary(vision_positions(grid_thw, 2), head_dim=40)
+    x = noise(3720, 160).bfloat16()
+    attention(x, cos[:, None, None], sin[:, None, None], [Layout(1, [(1, 3720)])])
+
+    q, k, _ = attention.qkv(x).view(3720, 3, 4, 40).unbind(1)
+    theirs = hf.apply_rotary_pos_emb_vision(q, k, cos, sin)
+    for a, b in zip(rotated, theirs, strict=True):
+        assert_equal("rotated queries and keys", a[0].transpose(0, 1), b)
 
 
-def test_tower_waits_for_the_device(pairs):
-    """On the meta device every .item(), .tolist(), boolean index and `if tensor` raises."""
+# ---------------------------------------------------------------------------- speed and memory
+
+def test_tower_never_waits(pairs):
+    """Bug: something on the device is looked at: by .item(), .tolist(), a boolean index, `if tensor`.
+
+    On the meta device all of these raise.
+    """
     with torch.device("meta"):
         tower = VisionTransformer(pairs("sdpa").ours.config.vision)
     pixels, grid_thw = seeded(GRIDS)
-    assert tower(pixels.to("meta"), grid_thw).shape == (int(grid_thw.prod(1).sum()) // 4, 256)
+    assert tower(pixels.to("meta"), grid_thw).shape == (len(pixels) // 4, 256)
 
 
-class Largest(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation makes, views of parameters aside."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.elements, self.parameters = 0, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.parameters:
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
-def test_memory_quadratic_in_patches(pairs):
+def test_memory_is_linear_in_patches(pairs):
+    """Bug: a full block makes a tensor of all pairs of patches."""
+    config = pairs("sdpa").ours.config.vision
     ratios = {}
     for attend in (vision.sdpa, vision.eager):
-        tower = VisionTransformer(pairs("sdpa").ours.config.vision, attend)
+        tower = VisionTransformer(config, attend)
         for side in (16, 32, 64):       # 256, 1,024 and 4,096 patches
             with torch.no_grad(), Largest(tower) as largest:
                 tower(*seeded([(1, side, side)]))
             ratios[attend.__name__, side] = largest.elements / side**2
+
     assert ratios["sdpa", 16] == ratios["sdpa", 32] == ratios["sdpa", 64]
     assert ratios["eager", 64] > 3 * ratios["eager", 32]        # the measure does see what is quadratic
