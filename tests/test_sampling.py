@@ -1,0 +1,311 @@
+"""Choosing, steps and the loop: answers equal Hugging Face's, token by token."""
+
+import ast
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    MIXED_ROWS,
+    ROWS,
+    START,
+    TOLERANCE,
+    VIDEO_ROWS,
+    assert_close,
+    assert_equal,
+    prompts,
+)
+
+import sampling
+from model import KVCache, Qwen2_5_VL
+from sampling import Sampler, decode_step, generate
+
+ROOT = Path(__file__).parent.parent
+
+
+def ours(model, inputs, **settings):
+    """Tokens (B, n) of an answer."""
+    return torch.stack(list(generate(model, inputs, **settings)), dim=1)
+
+
+def ours_with_logits(model, inputs, monkeypatch, **settings):
+    """Tokens (B, n), and a list of the logits that each was chosen from."""
+    logits = []
+    choose = Sampler.__call__
+
+    def recording(sampler, x, seen, generator):
+        logits.append(x.clone())
+        return choose(sampler, x, seen, generator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", recording)
+        return ours(model, inputs, **settings), logits
+
+
+def theirs(hf, inputs, seed=None, **settings):
+    """Tokens (B, 32) of Hugging Face's answer and a list of their logits; greedy without a seed."""
+    hf.model.rope_deltas = None     # left over from an earlier call
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = hf.generate(
+        **inputs,
+        max_new_tokens=32,
+        do_sample=seed is not None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1]:], out.logits
+
+
+# ---------------------------------------------------------------------------- choosing a token
+
+@pytest.mark.parametrize("penalty", [1.0, 1.05])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_greedy_answer_equals_hugging_faces(pair, rows, penalty, monkeypatch):
+    """Decoding at the cache's length, one position too far, or with another row's positions: all show here.
+    """
+    inputs = prompts(rows)
+    expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
+    tokens, logits = ours_with_logits(
+        pair.ours, inputs, monkeypatch, max_new_tokens=32, repetition_penalty=penalty)
+
+    assert len(logits) == len(their_logits) == 32
+    for a, b in zip(logits, their_logits):
+        assert_close("logits of 32 greedy steps", a, b)
+
+    # The answers say something, and without ties that could hide or fake a difference.
+    assert all(len(row.unique()) >= 12 for row in expected)
+    for b in their_logits if penalty == 1 else ():
+        first, second = b.topk(2).values.T
+        assert ((first - second) / b.abs().max()).min() > 100 * TOLERANCE
+    assert_equal("32 greedy tokens", tokens, expected)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0.9),
+    dict(temperature=0.7, top_k=5),
+    dict(temperature=1.0, top_p=0.6),
+    dict(temperature=1.3, top_k=40, top_p=0.8, repetition_penalty=1.1),
+], ids=str)
+@pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"]], ids=["one", "padded"])
+def test_sampled_answer_equals_hugging_faces(pairs, rows, settings):
+    """The filters in another order, or at another edge, leave other tokens to draw from."""
+    pair = pairs("sdpa")
+    inputs = prompts(rows)
+    if "repetition_penalty" in settings:    # Hugging Face penalizes pads too: let pad be one the prompt has
+        inputs["input_ids"][inputs["attention_mask"] == 0] = START
+
+    everything = dict(top_k=0, top_p=1.0)   # where Hugging Face's defaults are not ours
+    expected, _ = theirs(pair.hf, inputs, seed=7, **everything | settings)
+    tokens = ours(pair.ours, inputs, max_new_tokens=32, seed=7, **settings)
+    assert_equal("32 sampled tokens", tokens, expected)
+
+    another = ours(pair.ours, inputs, max_new_tokens=32, seed=8, **settings)
+    assert not torch.equal(tokens, another)
+
+
+def test_penalty_counts_prompt_and_answer_and_no_pads(pairs):
+    """Penalized pads: a padded row would not answer as it does alone."""
+    model = pairs("sdpa").ours
+    settings = dict(max_new_tokens=24, repetition_penalty=1.3)
+    inputs = prompts([[30], [9]])
+    alone = dict(input_ids=inputs["input_ids"][1:, 21:])
+    answer = ours(model, alone, **settings)[0]
+
+    # The most telling pads are those that the answer wants to say.
+    for pad in answer.unique()[::3]:
+        inputs["input_ids"][1, :21] = pad
+        assert torch.equal(ours(model, inputs, **settings)[1], answer)
+
+
+def test_penalty_makes_every_logit_less(pairs):
+    """A negative logit that is divided, too, would be rewarded."""
+    seen = torch.tensor([[True, False, True]])
+    logits = torch.tensor([[2.0, 1.9, -0.1]])
+    assert Sampler(repetition_penalty=1.1)(logits, seen).tolist() == [1]
+    assert Sampler(repetition_penalty=30.0)(-logits, ~seen).tolist() == [2]
+
+
+@pytest.mark.parametrize("name, values, message", [
+    ("temperature", [-1.0, float("inf"), float("nan")], "must be 0 (greedy) or above"),
+    ("top_k", [-1], "must be 0 (all) or above"),
+    ("top_p", [0.0, 1.5, float("nan")], "must be above 0 and at most 1"),
+    ("repetition_penalty", [0.0, float("nan")], "must be above 0"),
+    ("seed", [-1, 2**64], "must be from 0 to 2**64 - 1"),
+    ("max_new_tokens", [0], "must be at least 1"),
+    ("max_new_tokens", [128_000], "a prompt of 9 tokens and 128000 new ones exceed the context of 128000: "),
+    ("graph", [True], "the model is on cpu, and only CUDA has graphs; leave it out"),
+])
+def test_meaningless_settings_are_refused_at_once(pairs, name, values, message):
+    """Refused when the first token is asked for: a caller's `try` around `generate` would miss it."""
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            generate(pairs("sdpa").ours, prompts([[9]]), **{name: value})
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- one step
+
+def test_steps_equal_one_pass(pair, monkeypatch):
+    """Steps that drift; compared with ourselves, because transformers 5.23.0 fails after a video."""
+    inputs = prompts(MIXED_ROWS)
+    tokens, logits = ours_with_logits(pair.ours, inputs, monkeypatch, max_new_tokens=8)
+
+    ids = torch.cat((inputs["input_ids"], tokens), dim=1)
+    whole = pair.ours(**inputs | dict(input_ids=ids, attention_mask=None))
+    assert_close("itself: chunked and cached = one pass", torch.stack(logits, dim=1), whole[:, -9:-1])
+
+
+def test_decode_step_never_waits(pairs):
+    """On the meta device every .item(), .tolist(), boolean index and `if tensor` raises."""
+    config = pairs("sdpa").ours.config
+    with torch.device("meta"):
+        model = Qwen2_5_VL(config).requires_grad_(False)
+        cache = KVCache(config, 2, 64, "meta", torch.float32)
+        token = torch.zeros(2, 1, dtype=torch.int64)
+        position = torch.zeros(2, 1, dtype=torch.int64)
+        mask = torch.ones(2, 64, dtype=torch.int64)
+        for _ in range(2):
+            logits = decode_step(model, token, position, mask, cache)
+    assert logits.shape == (2, config.vocab_size)
+    assert cache.length == 2
+
+
+# ---------------------------------------------------------------------------- the graph
+
+@pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"], VIDEO_ROWS],
+                         ids=["one", "padded", "video"])
+def test_captured_loop_equals_the_plain_one(pairs, rows, monkeypatch):
+    """Whatever a step takes from Python, a graph replays as it was at the capture: static buffers, the whole
+    mask and the device's own count must do.
+    """
+    model = pairs("sdpa").ours
+    inputs = prompts(rows)
+    captured_at = []
+
+    def not_captured(step, cache):
+        """Runs the step with the host's count of when it was captured."""
+        captured_at.append(cache.length)
+
+        def replay():
+            length = cache.length
+            cache.length = captured_at[0]
+            logits = step()
+            cache.length = length + 1
+            return logits
+        return replay
+
+    def loop(graph):
+        no_end = torch.tensor([], dtype=torch.int64)
+        steps = sampling.token_loop(model, inputs, 20, no_end, 0, graph, Sampler())
+        return torch.stack(list(steps), dim=1)
+
+    monkeypatch.setattr(sampling, "capture", not_captured)
+    plain = loop(graph=False)
+    assert captured_at == []
+    assert torch.equal(loop(graph=True), plain)
+
+    # Once, and after a trial run: at the first call libraries do what a capture forbids.
+    assert captured_at == [inputs["input_ids"].shape[1] + 1]
+
+
+def test_capture_counts_a_token_once(pairs, monkeypatch):
+    """The host's count: a capture, in which Python runs and the card doesn't, stores nothing."""
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(1)
+
+    @contextmanager
+    def graph(graph, stream):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(sampling, "capture_stream", lambda device: None)
+
+    cache = KVCache(pairs("sdpa").ours.config, 1, 8, "cpu", torch.float32)
+    cache.reserve(5)
+    logits = torch.zeros(1, 7)
+    ran = []
+
+    def step():
+        ran.append(cache.reserve(1))
+        return logits
+
+    replay = sampling.capture(step, cache)
+    assert cache.length == 5 and replays == []
+    for n in (1, 2):
+        assert replay() is logits
+        assert cache.length == 5 + n and len(replays) == n
+    assert len(ran) == 1
+
+
+# ---------------------------------------------------------------------------- the loop
+
+def test_every_end_token_ends_a_row(pairs):
+    """End tokens cut to one: rows that end with another go on."""
+    model = pairs("sdpa").ours
+    inputs = prompts([[20], [30]])
+    tokens = ours(model, inputs, max_new_tokens=20)
+
+    # Let two tokens of the answers be end tokens. Which row meets one where?
+    ends = [tokens[0, 4].item(), tokens[1, 9].item()]
+    stops = [next(n for n, token in enumerate(row) if token in ends) for row in tokens.tolist()]
+
+    stopped = ours(model, inputs, max_new_tokens=20, eos_token_id=ends, pad_token_id=3)
+    assert stopped.shape[1] == max(stops) + 1 < 20
+    for row, full, stop in zip(stopped.tolist(), tokens.tolist(), stops):
+        assert row[:stop + 1] == full[:stop + 1]
+        assert set(row[stop + 1:]) <= {3}
+
+    # One alone, as a number.
+    assert ours(model, prompts([[20]]), max_new_tokens=20, eos_token_id=ends[0]).shape[1] <= 5
+
+
+def test_tower_and_prompt_run_once(pairs, monkeypatch):
+    """The tower once, the prompt once, then one token a step."""
+    model = pairs("sdpa").ours
+    inputs = prompts(ROWS["three pictures"])
+    lengths = []
+    towers = []
+    logits = model.logits
+
+    def counting(x, *args, **kwargs):
+        lengths.append(x.shape[1])
+        return logits(x, *args, **kwargs)
+
+    monkeypatch.setattr(model, "logits", counting)
+    handle = model.visual.register_forward_hook(lambda *args: towers.append(1))
+    ours(model, inputs, max_new_tokens=6)
+    handle.remove()
+    assert lengths == [inputs["input_ids"].shape[1]] + [1] * 5
+    assert len(towers) == 1
+
+
+# ---------------------------------------------------------------------------- where it can be used
+
+def imported(name):
+    """What a module of this project imports, and what these import, by their first names."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    for other in list(found):
+        if (ROOT / f"{other}.py").exists():
+            found |= imported(other)
+    return found
+
+
+def test_sampling_needs_no_terminal():
+    """A notebook that generates would load the command line, and on Windows miss `resource`."""
+    found = imported("sampling")
+    assert {"torch", "model", "vision", "rope"} <= found
+    assert found.isdisjoint({"generate", "argparse", "resource"})
