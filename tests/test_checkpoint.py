@@ -1,27 +1,25 @@
-"""A real checkpoint of any size, ours against Hugging Face's.
+"""A real checkpoint of any size, ours against Hugging Face's; and both against float64.
 
 pytest tests/test_checkpoint.py --checkpoint DIR; without the option it is the tiny one. In float32 where that
-fits into memory: pixels, ids, positions, every block and layer, logits, 32 tokens. In bfloat16 layer by
-layer: the measure is each layer's distance to its own float32 self, ours at most 1.25 times theirs.
+fits into memory: pixels, ids, logits, 32 tokens. In bfloat16 layer by layer.
 """
 
 import copy
 import os
-import trace
 
 import numpy as np
 import pytest
 import torch
-from benchmark import distance
-from conftest import PARITY, hf_logits, make_pair, prompts
+from conftest import PARITY, assert_close, assert_equal, make_pair, prompts
+from hugging_face import distance, hf_inputs, hf_logits
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from load_weights import checkpoint, load_config, load_model
+from load_weights import checkpoint, load_config, load_model, load_processor
 from model import Qwen2_5_VL
-from processing import load_processor
+from sampling import generate
 
-FACTOR = 1.25
+FACTOR = 1.25       # how much further from the exact result ours may be than Hugging Face's
 
 
 @pytest.fixture
@@ -29,95 +27,126 @@ def path(request):
     return checkpoint(request.config.getoption("--checkpoint"))
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    """An uneven picture: several windows, ragged at both edges."""
+@pytest.fixture
+def messages():
+    """A question about an uneven picture: several windows, ragged at both edges."""
     noise = np.random.default_rng(0).integers(0, 256, (15, 19, 3), dtype=np.uint8)
-    file = tmp_path_factory.mktemp("picture") / "noise.png"
-    Image.fromarray(noise).resize((532, 420), Image.Resampling.BICUBIC).save(file)
-    return file
+    picture = Image.fromarray(noise).resize((532, 420), Image.Resampling.BICUBIC)
+    question = {"type": "text", "text": "Describe the image."}
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
 
 
-def test_a_row_leaves(path, picture, tmp_path, capsys):
+def test_checkpoint_equals_hugging_face(path, messages):
+    """Bug: any that shows with real weights, real settings or real sizes alone."""
     with torch.device("meta"):
         needed = 4 * sum(p.numel() for p in Qwen2_5_VL(load_config(path)).parameters())
     if needed > 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        pytest.skip(f"float32 takes {needed / 1e9:.0f} GB; the other test goes layer by layer")
-    files = [str(tmp_path / name) for name in ("ours.safetensors", "hf.safetensors")]
-    for file, hf in zip(files, ([], ["--hf"])):
-        assert trace.main([str(path), *hf, "-o", file, "--image", str(picture)]) == 0
-    assert trace.main(files) == 0, capsys.readouterr().out
-    assert capsys.readouterr().out.endswith("no row leaves\n")
+        pytest.skip(f"float32 takes {needed / 1e9:.0f} GB; the next test goes by layers")
+
+    # What the models are given.
+    inputs = load_processor(path)(messages)
+    their_inputs = hf_inputs(path, messages)
+    assert inputs.keys() == their_inputs.keys()
+    for name, value in their_inputs.items():
+        assert_equal("inputs of a checkpoint", inputs[name], value)
+
+    # One model at a time, to fit. 32 tokens, whatever ends an answer.
+    ours = load_model(path, dtype="float32", device="cpu")
+    logits = ours(**inputs)
+    tokens = torch.stack(list(generate(ours, inputs, max_new_tokens=32)), dim=1)
+    del ours
+
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    theirs.requires_grad_(False)
+    assert_close("logits of a checkpoint", logits, hf_logits(theirs, inputs))
+    theirs.model.rope_deltas = None
+    plain = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(**inputs, max_new_tokens=32, **plain)
+    assert_equal("32 tokens of a checkpoint", tokens, expected[:, inputs["input_ids"].shape[1]:])
 
 
-def test_bfloat16_layer_rounds_more_than_hugging_face(path, picture):
-    """Blocks and layers one at a time, on the same input."""
-    ours = load_model(path, dtype=torch.bfloat16, device="cpu")
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16).eval().model
-    inputs = load_processor(path)([{"role": "user", "content": [{"type": "image", "image": str(picture)}]}])
-    both = [*zip(ours.visual.blocks, theirs.visual.blocks, strict=True),
-            *zip(ours.model.layers, theirs.language_model.layers, strict=True)]
+def rms(x):
+    return x.pow(2).mean().sqrt()
+
+
+def test_bfloat16_layer_rounds_no_more_than_hugging_face(path, messages):
+    """Bug: something is computed in bfloat16 that Hugging Face computes in float32.
+
+    Blocks and layers one at a time, on the same input. The measure is the distance to its own float32 self.
+    """
+    ours = load_model(path, dtype="bfloat16", device="cpu")
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16).eval()
+    blocks = zip(ours.visual.blocks, hf.model.visual.blocks, strict=True)
+    layers = zip(ours.model.layers, hf.model.language_model.layers, strict=True)
+    both = [*blocks, *layers]
+
+    # What each of ours is given and returns.
     calls = {}
+
+    def note(module, args, out):
+        calls[module] = (args, out)
+
     for module, _ in both:
-        module.register_forward_hook(lambda module, args, out: calls.update({module: (args, out)}))
-    ours(**inputs)
-    for module, layer in both:
+        module.register_forward_hook(note)
+    ours(**load_processor(path)(messages))
+
+    for module, theirs in both:
         (x, cos, sin, *rest), out = calls[module]
         exact = copy.deepcopy(module).float()(x.float(), cos.float(), sin.float(), *rest)
         if hasattr(module, "attn"):
-            lengths = [patches for frames, runs in rest[0] for _ in range(frames)
-                       for n, patches in runs for _ in range(n)]
+            (layouts,) = rest
+            lengths = [patches for layout in layouts for patches in layout.lengths]
             ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-            their_out = layer(x, cu_seqlens=ends, position_embeddings=(cos[:, 0, 0], sin[:, 0, 0]))
+            angles = (cos[:, 0, 0], sin[:, 0, 0])
+            their_out = theirs(x, cu_seqlens=ends, position_embeddings=angles)
         else:
-            their_out = layer(x, attention_mask=None, position_embeddings=(cos[:, 0], sin[:, 0]))
-        error, their_error = ((y.float() - exact).pow(2).mean().sqrt() for y in (out, their_out))
-        assert error <= FACTOR * their_error
+            their_out = theirs(x, attention_mask=None, position_embeddings=(cos[:, 0], sin[:, 0]))
+        assert rms(out - exact) <= FACTOR * rms(their_out - exact)
 
 
-def test_difference_is_not_seen(tmp_path, capsys):
-    """Rounding passes; a wrong block is named before all that follows from it; a missing row is said."""
-    def rows(wrong=0.0):
-        rng = torch.Generator().manual_seed(0)
-        return {name: torch.randn(3, 4, generator=rng) * (1 + 1e-7) + wrong * (name != "visual.patch_embed")
-                for name in ("visual.patch_embed", "visual.blocks.2", "visual.blocks.10", "logits")}
-    assert trace.compare(rows(), {name: row * (1 + 1e-7) for name, row in rows().items()})[1] is None
-    lines, first = trace.compare(rows(), rows(wrong=1e-3))
-    assert first == "visual.blocks.2" and [line.split()[0] for line in lines[1:]] == list(rows())
-    assert trace.compare({"tokens": torch.tensor([1, 2])}, {"tokens": torch.tensor([1, 3])})[1] == "tokens"
-    assert "shapes (3, 4) and (4, 3)" in trace.compare(rows(), {n: r.T for n, r in rows().items()})[0][1]
-    np.savez(tmp_path / "other.npz", logits=rows()["logits"].numpy())
-    trace.save_file(rows(), tmp_path / "ours.safetensors")
-    assert trace.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "other.npz")]) == 0
-    assert "visual.blocks.2          only in the first" in capsys.readouterr().out
-    assert trace.main(["tiny"]) == 2 and "give a checkpoint and -o FILE" in capsys.readouterr().err
-    assert trace.main(["LICENSE", "LICENSE"]) == 2 and "LICENSE: not a trace" in capsys.readouterr().err
-
-
-def test_further_from_float64_than_hugging_face(monkeypatch):
-    """The median over five seeds of our largest error against HF's float64 model, and of HF's in float32."""
-    inputs = prompts([[5, (20, 26), 7]])
-    for attention in ("sdpa", "eager"):
-        errors = []
-        for seed in range(5):
-            pair = make_pair(attention, seed)
-            ours, theirs = pair.ours(**inputs), hf_logits(pair.hf, inputs)
-            with monkeypatch.context() as patch:
-                in_float64(patch)
-                exact = hf_logits(pair.hf.double(), {k: v.double() if v.is_floating_point() else v
-                                                     for k, v in inputs.items()})
-            errors.append((distance(ours.double(), exact), distance(theirs.double(), exact)))
-        mine, hf = (sorted(column)[2] for column in zip(*errors))
-        assert mine <= FACTOR * hf
-        PARITY[f"float64 oracle, {attention}: median of five largest errors (HF's {hf:.1e})"] = 1, mine
-
+# ---------------------------------------------------------------------------- the float64 oracle
 
 def in_float64(patch):
     """Wherever the model asks for float32, it gets float64: the norms, the rotaries, the softmax of eager."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-    wider = lambda dtype: torch.float64 if dtype is torch.float32 else dtype
+    to = torch.Tensor.to
+    softmax = torch.nn.functional.softmax
+
+    def wider(value):
+        return torch.float64 if value is torch.float32 else value
+
+    def wider_to(self, *args, **kwargs):
+        kwargs = {name: wider(value) for name, value in kwargs.items()}
+        return to(self, *map(wider, args), **kwargs)
+
+    def wider_softmax(x, dim, dtype=None):
+        return softmax(x, dim, dtype=wider(dtype))
+
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    patch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: to(
-        self, *map(wider, args), **{name: wider(value) for name, value in kwargs.items()}))
-    patch.setattr(torch.nn.functional, "softmax",
-                  lambda x, dim, dtype=None: softmax(x, dim, dtype=wider(dtype)))
+    patch.setattr(torch.Tensor, "to", wider_to)
+    patch.setattr(torch.nn.functional, "softmax", wider_softmax)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_error_is_no_larger_than_hugging_faces(attention, monkeypatch):
+    """Bug: a rounding too many, which parity of 1e-5 does not show.
+
+    The median over five seeds of our largest error against Hugging Face's model in float64, and of its own.
+    """
+    inputs = prompts([[5, (20, 26), 7]])
+    wide = inputs | dict(pixel_values=inputs["pixel_values"].double())
+    our_errors = []
+    their_errors = []
+    for seed in range(5):
+        pair = make_pair(attention, seed)
+        ours = pair.ours(**inputs)
+        theirs = hf_logits(pair.hf, inputs)
+        with monkeypatch.context() as patch:
+            in_float64(patch)
+            exact = hf_logits(pair.hf.double(), wide)
+        our_errors.append(distance(ours.double(), exact))
+        their_errors.append(distance(theirs.double(), exact))
+
+    mine = sorted(our_errors)[2]
+    hf = sorted(their_errors)[2]
+    assert mine <= FACTOR * hf
+    PARITY[f"float64 oracle, {attention}: median of five largest errors (HF's {hf:.1e})"] = (1, mine)
