@@ -65,8 +65,7 @@ def theirs(hf, inputs, seed=None, **settings):
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_greedy_answer_equals_hugging_faces(pair, rows, penalty, monkeypatch):
-    """Decoding at the cache's length, one position too far, or with another row's positions: all show here.
-    """
+    """Bugs: it is decoded at the cache's length, one position too far, or at another row's positions."""
     inputs = prompts(rows)
     expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
     tokens, logits = ours_with_logits(
@@ -92,7 +91,7 @@ def test_greedy_answer_equals_hugging_faces(pair, rows, penalty, monkeypatch):
 ], ids=str)
 @pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"]], ids=["one", "padded"])
 def test_sampled_answer_equals_hugging_faces(pairs, rows, settings):
-    """The filters in another order, or at another edge, leave other tokens to draw from."""
+    """Bugs: the filters in another order, or with another edge, leave other tokens to draw from."""
     pair = pairs("sdpa")
     inputs = prompts(rows)
     if "repetition_penalty" in settings:    # Hugging Face penalizes pads too: let pad be one the prompt has
@@ -108,7 +107,7 @@ def test_sampled_answer_equals_hugging_faces(pairs, rows, settings):
 
 
 def test_penalty_counts_prompt_and_answer_and_no_pads(pairs):
-    """Penalized pads: a padded row would not answer as it does alone."""
+    """Bug: pads are penalized, and a padded row does not answer as it does alone."""
     model = pairs("sdpa").ours
     settings = dict(max_new_tokens=24, repetition_penalty=1.3)
     inputs = prompts([[30], [9]])
@@ -121,8 +120,8 @@ def test_penalty_counts_prompt_and_answer_and_no_pads(pairs):
         assert torch.equal(ours(model, inputs, **settings)[1], answer)
 
 
-def test_penalty_makes_every_logit_less(pairs):
-    """A negative logit that is divided, too, would be rewarded."""
+def test_penalty_lowers_positive_and_negative_logits():
+    """Bug: a negative logit is divided, too, which rewards it."""
     seen = torch.tensor([[True, False, True]])
     logits = torch.tensor([[2.0, 1.9, -0.1]])
     assert Sampler(repetition_penalty=1.1)(logits, seen).tolist() == [1]
@@ -140,7 +139,7 @@ def test_penalty_makes_every_logit_less(pairs):
     ("graph", [True], "the model is on cpu, and only CUDA has graphs; leave it out"),
 ])
 def test_meaningless_settings_are_refused_at_once(pairs, name, values, message):
-    """Refused when the first token is asked for: a caller's `try` around `generate` would miss it."""
+    """Bug: it is accepted, or refused only when the first token is asked for, outside of a caller's `try`."""
     for value in values:
         with pytest.raises(ValueError) as error:
             generate(pairs("sdpa").ours, prompts([[9]]), **{name: value})
@@ -150,7 +149,7 @@ def test_meaningless_settings_are_refused_at_once(pairs, name, values, message):
 # ---------------------------------------------------------------------------- one step
 
 def test_steps_equal_one_pass(pair, monkeypatch):
-    """Steps that drift; compared with ourselves, because transformers 5.23.0 fails after a video."""
+    """Bug: steps drift. Compared with ourselves, because transformers 5.23.0 fails after a video."""
     inputs = prompts(MIXED_ROWS)
     tokens, logits = ours_with_logits(pair.ours, inputs, monkeypatch, max_new_tokens=8)
 
@@ -160,7 +159,9 @@ def test_steps_equal_one_pass(pair, monkeypatch):
 
 
 def test_decode_step_never_waits(pairs):
-    """On the meta device every .item(), .tolist(), boolean index and `if tensor` raises."""
+    """Bug: something on the device is looked at. On the meta device .item(), .tolist(), boolean indices and
+    `if tensor` raise.
+    """
     config = pairs("sdpa").ours.config
     with torch.device("meta"):
         model = Qwen2_5_VL(config).requires_grad_(False)
@@ -179,8 +180,8 @@ def test_decode_step_never_waits(pairs):
 @pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"], VIDEO_ROWS],
                          ids=["one", "padded", "video"])
 def test_captured_loop_equals_the_plain_one(pairs, rows, monkeypatch):
-    """Whatever a step takes from Python, a graph replays as it was at the capture: static buffers, the whole
-    mask and the device's own count must do.
+    """Bug: a step takes something from Python, which a graph replays as it was at the capture. Static
+    buffers, the whole mask and the device's own count must do.
     """
     model = pairs("sdpa").ours
     inputs = prompts(rows)
@@ -213,7 +214,7 @@ def test_captured_loop_equals_the_plain_one(pairs, rows, monkeypatch):
 
 
 def test_capture_counts_a_token_once(pairs, monkeypatch):
-    """The host's count: a capture, in which Python runs and the card doesn't, stores nothing."""
+    """Bug: the host counts the capture, in which Python runs and the card does not, as a token stored."""
     replays = []
 
     class Graph:
@@ -249,7 +250,7 @@ def test_capture_counts_a_token_once(pairs, monkeypatch):
 # ---------------------------------------------------------------------------- the loop
 
 def test_every_end_token_ends_a_row(pairs):
-    """End tokens cut to one: rows that end with another go on."""
+    """Bug: end tokens are cut to one, and rows that meet another go on."""
     model = pairs("sdpa").ours
     inputs = prompts([[20], [30]])
     tokens = ours(model, inputs, max_new_tokens=20)
@@ -269,7 +270,7 @@ def test_every_end_token_ends_a_row(pairs):
 
 
 def test_tower_and_prompt_run_once(pairs, monkeypatch):
-    """The tower once, the prompt once, then one token a step."""
+    """Bug: a step runs the tower, or the prompt, again."""
     model = pairs("sdpa").ours
     inputs = prompts(ROWS["three pictures"])
     lengths = []
@@ -305,7 +306,7 @@ def imported(name):
 
 
 def test_sampling_needs_no_terminal():
-    """A notebook that generates would load the command line, and on Windows miss `resource`."""
+    """Bug: a notebook that generates loads the command line, and on Windows misses `resource`."""
     found = imported("sampling")
     assert {"torch", "model", "vision", "rope"} <= found
     assert found.isdisjoint({"generate", "argparse", "resource"})
