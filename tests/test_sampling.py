@@ -64,7 +64,7 @@ def theirs(hf, inputs, seed=None, **settings):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-def test_greedy_answer_equals_hugging_faces(pair, rows, penalty, monkeypatch):
+def test_greedy_answer_equals_hugging_face(pair, rows, penalty, monkeypatch):
     """Bugs: it is decoded at the cache's length, one position too far, or at another row's positions."""
     inputs = prompts(rows)
     expected, their_logits = theirs(pair.hf, inputs, repetition_penalty=penalty)
@@ -90,7 +90,7 @@ def test_greedy_answer_equals_hugging_faces(pair, rows, penalty, monkeypatch):
     dict(temperature=1.3, top_k=40, top_p=0.8, repetition_penalty=1.1),
 ], ids=str)
 @pytest.mark.parametrize("rows", [ROWS["one picture"], ROWS["padded batch"]], ids=["one", "padded"])
-def test_sampled_answer_equals_hugging_faces(pairs, rows, settings):
+def test_sampled_answer_equals_hugging_face(pairs, rows, settings):
     """Bugs: the filters in another order, or with another edge, leave other tokens to draw from."""
     pair = pairs("sdpa")
     inputs = prompts(rows)
