@@ -1,135 +1,215 @@
-"""The tiny checkpoint: its files, what it can do, and that Hugging Face's classes read it as we do."""
+"""The tiny checkpoint: its files, what it can do, that Hugging Face's classes read it as we do. And what made
+it: scenes, training, evaluation.
+"""
 
+import copy
 import json
+import random
 import re
-from pathlib import Path
-from trace import hf_inputs
 
+import boxes
+import evaluate_tiny
+import pytest
+import scenes
 import torch
 import train_tiny
-from conftest import assert_equal
+from conftest import TINY, assert_equal
+from hugging_face import hf_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from generate import generate
-from load_weights import load_generation_config, load_model
-from processing import load_processor
+from load_weights import load_config, load_generation_config, load_model, load_processor
+from sampling import generate
+from vision import VisionConfig
 
-TINY = Path(__file__).parent.parent / "tiny"
+# ---------------------------------------------------------------------------- the checkpoint
 
-
-def test_engines_disagree_about_the_tiny_checkpoint():
-    """Our dict equals Hugging Face's parts' tensors, and from it both models say the same, token by token."""
-    ours, processor = load_model(TINY, dtype="float32"), load_processor(TINY)
+def test_engines_agree_about_the_tiny_checkpoint():
+    """Bug: from its files we make other inputs than Hugging Face's parts, or another answer, in any token."""
+    ours = load_model(TINY, dtype="float32")
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
-    questions = list(train_tiny.asked(0, 10, ("describe", "locate", "count", "color", "every", "compare")))
+    processor = load_processor(TINY)
+    settings = load_generation_config(TINY)
+    still = [kind for kind in scenes.KINDS if kind != "video"]
+    questions = list(evaluate_tiny.asked(0, 10, still))
     assert len(questions) >= 50
-    for pair in questions:
-        messages = train_tiny.conversation(*pair)
-        mine, inputs = processor(messages), hf_inputs(TINY, messages)
-        assert mine.keys() == inputs.keys()
-        for name, value in inputs.items():
-            assert_equal("inputs of the tiny checkpoint", mine[name], value)
-        theirs.model.rope_deltas = None
-        expected = theirs.generate(**mine, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
-        answer = torch.cat(list(generate(ours, mine, **load_generation_config(TINY))))
-        assert_equal("tokens of the tiny checkpoint, in float32", answer, expected)
+
+    for question, sample in questions:
+        messages = scenes.conversation(question, sample)
+        inputs = processor(messages)
+        expected = hf_inputs(TINY, messages)
+        assert inputs.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_equal("inputs of the tiny checkpoint", inputs[name], value)
 
 
-def test_tiny_has_forgotten(tmp_path, capsys, monkeypatch):
-    """In its own bfloat16, as it is used, by the command whose table of 500 scenes the README shows."""
-    monkeypatch.setattr("sys.argv", ["train_tiny.py", "--evaluate", "tiny", "--scenes", "10", "--seed", "9",
-                                     "--failures", str(tmp_path / "wrong.png")])
-    train_tiny.main()
+        theirs.model.rope_deltas = None     # left over from the question before
+        T = inputs["input_ids"].shape[1]
+        said = theirs.generate(**inputs, max_new_tokens=256)[0, T:]
+        answer = torch.cat(list(generate(ours, inputs, **settings)))
+        assert_equal("tokens of the tiny checkpoint, in float32", answer, said)
+
+
+def test_tiny_knows_its_shapes(tmp_path, capsys):
+    """Bug: it has forgotten them, in its own bfloat16, as it is used. The README's table is of 500 scenes."""
+    wrong = tmp_path / "wrong.png"
+    evaluate_tiny.main(["tiny", "--scenes", "10", "--seed", "9", "--failures", str(wrong)])
     reached = [float(share) for share in re.findall(r"\| ([\d.]+)% \|", capsys.readouterr().out)]
-    assert len(reached) == 8 and min(reached) >= 70 and sum(reached) / 8 >= 95
-    assert (tmp_path / "wrong.png").exists()
+    assert len(reached) == 8
+    assert min(reached) >= 70
+    assert sum(reached) / len(reached) >= 95
+    assert wrong.stat().st_size > 5000
 
 
-def test_files_are_large_or_incomplete():
+def test_files_are_small_and_complete():
+    """Bug: a file of a published checkpoint is missing, or the repository grows by megabytes."""
     sizes = {file.name: file.stat().st_size for file in TINY.iterdir()}
     assert sizes.keys() == {
         "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
         "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     assert sum(sizes.values()) <= 6_000_000
-    model = load_model(TINY)
-    assert sum(p.numel() for p in model.parameters()) <= 3_000_000
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    config = json.loads((TINY / "config.json").read_text())
-    published = set(train_tiny.vision.VisionConfig.__dataclass_fields__)
-    assert published <= config["vision_config"].keys()
 
+    parameters = list(load_model(TINY).parameters())
+    assert sum(p.numel() for p in parameters) <= 3_000_000
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+
+    # Nothing falls back on a default.
+    config = json.loads((TINY / "config.json").read_text())
+    assert VisionConfig.__dataclass_fields__.keys() <= config["vision_config"].keys()
+
+
+# ---------------------------------------------------------------------------- scenes
+
+def test_thing_moves_its_way_inside_the_picture():
+    """Bug: it goes elsewhere, or leaves the picture."""
+    for seed in range(30):
+        motion = scenes.motion(random.Random(seed), 140, 112, 6)
+        x, y = motion.offset(5)
+        assert {"left": x < 0, "right": x > 0, "up": y < 0, "down": y > 0}[motion.way]
+        for frame in range(6):
+            x1, y1, x2, y2 = motion.boxes(*motion.offset(frame))[motion.moving]
+            assert 0 <= x1 < x2 <= 140
+            assert 0 <= y1 < y2 <= 112
+
+
+# ---------------------------------------------------------------------------- training
 
 def batch_of(kind):
-    batches = train_tiny.Batches(load_processor("tiny"), seed=5, size=6, steps=40)
-    return next(batch for batch in map(batches.__getitem__, range(20, 40))
-                if kind in {asked for asked, *_ in batch["answers"]})
+    """A batch in which a question of this kind is asked."""
+    batches = train_tiny.Batches(load_processor(TINY), seed=5, size=6, steps=40)
+    for step in range(20, 40):
+        batch = batches[step]
+        if any(place.kind == kind for place in batch.places):
+            return batch
+    raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", train_tiny.KINDS)
-def test_tree_differs_from_the_conversation_it_stands_for(kind):
-    """What a branch is trained on is what the processor makes of that question alone: ids, positions, logits.
-    """
-    trainer, batch = train_tiny.Trainer(train_tiny.load_config("tiny"), seed=0, rate=0.0), batch_of(kind)
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_branch_equals_the_conversation_it_stands_for(kind):
+    """Bug: a branch is trained on other ids, positions or visible tokens than the question has alone."""
+    batch = batch_of(kind)
+    trainer = train_tiny.Trainer(load_config(TINY), seed=0, rate=0.0)
     trainer.model.float()
-    t, h, w = batch["grid"]
-    pixels = batch["pixels"].unflatten(0, (len(batch["input_ids"]), -1))
-    name, extra = ("video", dict(second_per_grid_ts=[1.0])) if batch["video"] else ("image", {})
+    _, row, tokens = next(place for place in batch.places if place.kind == kind)
+    assert batch.is_video == (kind == "video")
+    assert batch.pictures == (2 if kind == "compare" else 1)
+
+    # The question alone: what its last token sees, and the pictures of its row.
+    ids = batch.input_ids[row, batch.visible[row, tokens.stop - 1]][None]
+    pixels = batch.pixels.unflatten(0, (len(batch.input_ids), -1))[row]
+    grids = torch.tensor([batch.grid] * batch.pictures)
+    if batch.is_video:
+        media = dict(pixel_values_videos=pixels, video_grid_thw=grids, second_per_grid_ts=[1.0])
+    else:
+        media = dict(pixel_values=pixels, image_grid_thw=grids)
+    later = torch.ones(ids.shape[1], ids.shape[1]).triu(1)
+
     with torch.no_grad():
-        logits = trainer.forward(batch)
-        _, b, place = next(answer for answer in batch["answers"] if answer[0] == kind)
-        ids = batch["input_ids"][b, batch["visible"][b, place.stop - 1]][None]
-        causal = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
-        trainer.attend.mask = torch.zeros(causal.shape).masked_fill(causal, -1e30)[None, None]
-        expected = trainer.model(ids, **extra, **{
-            "pixel_values_videos" if batch["video"] else "pixel_values": pixels[b],
-            f"{name}_grid_thw": torch.tensor([[t, h, w]] * batch["pictures"])})
-    assert torch.allclose(logits[b, place], expected[0, place.start - place.stop:], atol=1e-4)
-    assert f"{batch['pictures']} {name}" == {"video": "1 video", "compare": "2 image"}.get(kind, "1 image")
+        logits = trainer.forward(batch)[row, tokens]
+        trainer.attend.mask = (-1e30 * later)[None, None]
+        expected = trainer.model(ids, **media)[0, -len(logits):]
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_target_of_another_token_or_thing():
-    """Labels spell the answer, and a color word points at a thing of that color."""
-    processor, colors = load_processor("tiny"), list(scenes.COLORS)
-    batch, looked_at = batch_of("every"), 0
-    for kind, b, place in batch["answers"]:
-        labels, points, things = batch["labels"][b, place], batch["points"][b, place], batch["targets"][b]
+def test_targets_are_of_the_thing_spoken_of():
+    """Bug: labels don't spell the answer, a target is another thing's, or a color word points at another."""
+    processor = load_processor(TINY)
+    batch = batch_of("every")
+    colors = list(scenes.COLORS)
+    looked_at = 0
+    for _, row, tokens in batch.places:
+        labels = batch.labels[row, tokens]
+        points = batch.points[row, tokens]
+        targets = train_tiny.columns(batch.targets[row], train_tiny.TARGETS)
+
+        # Every box of the answer is that of a cell, which is of the thing that the label names.
         said = processor.decode(labels[labels != train_tiny.UNKNOWN])
         for box, label in boxes.read_boxes(said):
-            here = things[(things[:, 3:7] == torch.tensor(box)).all(dim=1)]
-            assert label == f"{colors[here[0, 2] - 1]} {scenes.SHAPES[here[0, 1] - 1]}"
-        for token, number in zip(labels.tolist(), points.tolist()):
-            word = processor.decode([token]).strip() if token != train_tiny.UNKNOWN else ""
+            cell = (targets["box"] == torch.tensor(box)).all(dim=1).nonzero()[0].item()
+            color = colors[targets["color"][cell] - 1]
+            shape = scenes.SHAPES[targets["shape"][cell] - 1]
+            assert label == f"{color} {shape}"
+
+        for token, number in zip(labels.tolist(), points.tolist(), strict=True):
+            word = "" if token == train_tiny.UNKNOWN else processor.decode([token]).strip()
             if word in colors:
-                assert colors[things[things[:, 0] == number][0, 2] - 1] == word, (kind, said)
+                cell = (targets["thing"] == number).nonzero()[0].item()
+                assert colors[targets["color"][cell] - 1] == word
                 looked_at += 1
     assert looked_at > 20
 
 
-def test_motion_leaves_the_picture_or_goes_elsewhere():
-    for seed in range(30):
-        seen = scenes.motion(train_tiny.random.Random(seed), 140, 112, 6)
-        x, y = seen.offset(5)
-        assert {"left": x < 0, "right": x > 0, "up": y < 0, "down": y > 0}[seen.way]
-        for frame in range(6):
-            x1, y1, x2, y2 = scenes.shifted(seen.scene.things[seen.moving].box, *seen.offset(frame))
-            assert 0 <= x1 < x2 <= 140 and 0 <= y1 < y2 <= 112
+def test_batch_is_the_same_for_a_seed():
+    """Bug: a run that goes on is not the run that was interrupted."""
+    first, again = (train_tiny.Batches(load_processor(TINY), seed=1, size=2, steps=3)[1] for _ in range(2))
+    other = train_tiny.Batches(load_processor(TINY), seed=2, size=2, steps=3)[1]
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels[:100], other.pixels[:100])
 
 
-def test_training_does_not_resume(tmp_path, capsys):
+def test_interrupted_training_goes_on(tmp_path, capsys):
+    """Bug: a second run begins anew, or its log does."""
     settings = dict(seed=1, tower_steps=1, size=2, rate=1e-3)
     train_tiny.train(tmp_path, steps=3, **settings)
-    first, again = (train_tiny.Batches(load_processor(tmp_path), 1, 2, 3)[1] for _ in range(2))
-    assert all(torch.equal(first[name], again[name]) for name in ("input_ids", "pixels", "visible"))
+    assert "on from step" not in capsys.readouterr().err
     train_tiny.train(tmp_path, steps=4, **settings)
     assert "on from step 3" in capsys.readouterr().err
+
     log = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [3, 4]
     assert (tmp_path / "loss.png").stat().st_size > 5000
+    load_model(tmp_path)
 
 
-def test_f1_counts_a_box_twice():
-    one, two = (f'{{"bbox_2d": [0, 0, 40, 40], "label": "red {shape}"}}' for shape in ("circle", "star"))
-    question = lambda expected: scenes.Question("every", "", [(expected, 0)])
-    f1 = lambda expected, got: train_tiny.f1([train_tiny.Answer(question(expected), None, got)])
-    assert f1(one, one) == 1 and f1(one, one + one) == pytest.approx(2 / 3) and f1(one, two) == 0
-    assert train_tiny.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+def test_restored_trainer_takes_the_same_step():
+    """Bug: training goes on without its masters, its weights or what its optimizers remember."""
+    batch = batch_of("describe")
+    config = load_config(TINY)
+    trainer = train_tiny.Trainer(config, seed=0, rate=1e-3)
+    trainer.step(batch, tower_only=False, progress=0.5)
+    restored = train_tiny.Trainer(config, seed=1, rate=1e-3)
+    assert restored.restore(copy.deepcopy(trainer.state(1))) == 1
+
+    for each in (trainer, restored):
+        each.step(batch, tower_only=False, progress=0.5)
+    for master, other in zip(trainer.masters, restored.masters, strict=True):
+        assert torch.equal(master, other)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+def test_box_is_found_once():
+    """Bug: a box that is said twice counts twice, or one with another label counts."""
+    circle = '{"bbox_2d": [0, 0, 40, 40], "label": "red circle"}'
+    star = '{"bbox_2d": [0, 0, 40, 40], "label": "red star"}'
+    question = scenes.Question("every", "", [(circle, 0)])
+    for got, expected in ((circle, 1), (circle + circle, 2 / 3), (star, 0)):
+        answer = evaluate_tiny.Answer(question, None, got)
+        assert evaluate_tiny.f1([answer]) == pytest.approx(expected)
+        assert evaluate_tiny.good(answer) == (expected == 1)
+
+
+def test_iou_is_intersection_over_union():
+    """Bug: the overlap is divided by one box, or boxes that don't meet overlap."""
+    assert evaluate_tiny.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert evaluate_tiny.iou((0, 0, 10, 10), (20, 20, 30, 30)) == 0

@@ -12,6 +12,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patheffects import withStroke
 from PIL import Image
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,242 +20,426 @@ sys.path.insert(0, str(ROOT))
 from boxes import locate, read_boxes
 from scenes import COLORS as COLOR_WORDS
 
-from generate import DEMO_IMAGE, DEMO_PROMPT, generate
-from load_weights import SHARED_VISION, load_generation_config, load_model
+from generate import DEMO_IMAGE, DEMO_PROMPT
+from load_weights import SHARED_VISION, load_generation_config, load_model, load_processor
 from model import Qwen2_5_VL
-from processing import Processor, load_processor, open_image, smart_resize, to_original
+from processing import Box, Processor, open_image, smart_resize, to_original
 from rope import mrope_positions, vision_positions
+from sampling import generate
 from vision import attention_weights, repeat_heads, window_order
 
-TINY, PHOTO = ROOT / "tiny", ROOT / "assets" / "photo.jpg"
-SIDE, MERGE = SHARED_VISION["patch_size"], SHARED_VISION["spatial_merge_size"]
-GROUP = SIDE * MERGE        # pixels a side of a merge group
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"      # told apart by every eye
+TINY = ROOT / "tiny"
+PHOTO = ROOT / "assets" / "photo.jpg"
+SIDE = SHARED_VISION["patch_size"]              # pixels of a patch
+MERGE = SHARED_VISION["spatial_merge_size"]     # patches of a merge group
+GROUP = SIDE * MERGE                            # pixels of a merge group
+
+# Told apart by every eye.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+GRAY = "#BBBBBB"
 COLORS = [BLUE, ORANGE, GREEN, "#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#999999"]
 plt.rcParams.update({"font.size": 11, "figure.labelsize": 11})
 
+Color = str | tuple[str, float]     # with its opacity
 
-def save(figure: plt.Figure, path: Path, **numbers) -> dict:
-    """1210 pixels wide, in 128 colours, because photos would take megabytes. Gives the numbers back."""
+
+# ---------------------------------------------------------------------------- what figures are made of
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """1210 pixels wide, in 128 colors, because photos would take megabytes."""
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-    return numbers
+    picture = Image.open(path).convert("RGB")
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def cell(axis: plt.Axes, x: float, y: float, text: object, color: object, width: float = 1, height: float = 1,
-         ink: str = "black", halo: str | None = None, **style) -> None:
-    """A box with a text in its middle. color: of the ground, with its opacity; halo: around the letters."""
-    axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, **{"edgecolor": "white", **style}))
-    axis.text(x + width / 2, y + height / 2, text, color=ink, ha="center", va="center",
-              path_effects=[withStroke(linewidth=2.5, foreground=halo)] if halo else None)
+def rectangle(
+    axis: plt.Axes, x: float, y: float, width: float, height: float, color: Color = "none", **edge
+) -> None:
+    edge = {"edgecolor": "white"} | edge
+    axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, **edge))
+
+
+def write(axis: plt.Axes, x: float, y: float, text: object, ink: str = "black", halo: str = "none") -> None:
+    """A text with its middle at (x, y), each letter with a halo."""
+    effects = [withStroke(linewidth=2.5, foreground=halo)] if halo != "none" else None
+    axis.text(x, y, text, color=ink, ha="center", va="center", path_effects=effects)
+
+
+def cell(axis: plt.Axes, x: float, y: float, text: object, color: Color, **edge) -> None:
+    """A box of a diagram, 1 x 1."""
+    rectangle(axis, x, y, 1, 1, color, **edge)
+    write(axis, x + 0.5, y + 0.5, text)
+
+
+def outline(axis: plt.Axes, box: Box, color: str) -> None:
+    """A box of an answer."""
+    x1, y1, x2, y2 = box
+    rectangle(axis, x1, y1, x2 - x1, y2 - y1, edgecolor=color, lw=2.5)
+
+
+def tag(axis: plt.Axes, x: float, y: float, text: str, color: str, **style) -> None:
+    """White on a color."""
+    axis.text(x, y, text, color="white", bbox=dict(facecolor=color, lw=0, pad=2), **style)
 
 
 def show(axis: plt.Axes, picture: Image.Image, tick: int, **labels: str) -> None:
     """A picture on axes in pixels."""
     axis.imshow(picture, extent=(0, picture.width, picture.height, 0))
-    axis.set(xticks=range(0, picture.width + 1, tick), yticks=range(0, picture.height + 1, tick), **labels)
+    axis.set_xticks(range(0, picture.width + 1, tick))
+    axis.set_yticks(range(0, picture.height + 1, tick))
+    axis.set(**labels)
 
 
-def seen(processor: Processor, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+def question(picture: Path) -> list[dict]:
+    return [{"role": "user", "content": [{"image": picture}, {"text": DEMO_PROMPT}]}]
+
+
+def seen(processor: Processor, picture: Image.Image) -> tuple[Image.Image, Tensor]:
     """The picture as the model is given it, and y and x (N, 2) in it of each row of pixel_values."""
     h, w = smart_resize(picture.height, picture.width, GROUP, processor.min_pixels, processor.max_pixels)
-    places = vision_positions(torch.tensor([[1, h // SIDE, w // SIDE]]), MERGE)
-    return picture.resize((w, h), Image.Resampling.BICUBIC), places * SIDE
+    patches = vision_positions(torch.tensor([[1, h // SIDE, w // SIDE]]), MERGE)
+    return picture.resize((w, h), Image.Resampling.BICUBIC), patches * SIDE
 
 
-def windows_of(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The window of every merge group (rows, columns), numbered as stored, and the order they are stored."""
-    grid = torch.tensor([[1, rows, columns]])
-    order, (layout,) = window_order(grid, merge_size=1, window=SHARED_VISION["window_size"] // GROUP)
-    sizes = torch.tensor([size for windows, size in layout.runs for _ in range(windows)])
-    return torch.arange(len(sizes)).repeat_interleave(sizes)[order.argsort()].view(rows, columns), order
+def windows_of(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The window of every merge group (rows, columns), numbered as stored, and their stored order."""
+    window = SHARED_VISION["window_size"] // GROUP
+    order, (layout,) = window_order(torch.tensor([[1, rows, columns]]), merge_size=1, window=window)
+    lengths = torch.tensor(layout.lengths)
+    stored = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return stored[order.argsort()].view(rows, columns), order
+
+
+# ---------------------------------------------------------------------------- the first screen
+
+def find_everything(picture: Image.Image) -> list[tuple[Box, str]]:
+    """What tiny/ names when it describes the picture, and the boxes that it then gives for each."""
+    model = load_model(TINY)
+    processor = load_processor(TINY)
+    settings = load_generation_config(TINY)
+    described, resized = locate(model, processor, picture, DEMO_PROMPT, **settings)
+    original = (picture.height, picture.width)
+
+    # "a red star, an orange circle." Every name once.
+    names = [name.split(" ", 1)[-1] for name in described.rstrip(".").split(", ")]
+    boxes = []
+    for name in dict.fromkeys(names):
+        answer, _ = locate(model, processor, picture, f"Locate the {name}.", **settings)
+        for box, label in read_boxes(answer):
+            boxes.append((to_original(box, resized, original), label))
+    return boxes
 
 
 def draw_first(out: Path) -> dict:
     """The demo picture with the boxes that tiny/ finds, and the same as the model sees it."""
-    model, processor, picture = load_model(TINY), load_processor(TINY), open_image(DEMO_IMAGE)
-    ask = lambda prompt: locate(model, processor, picture, prompt, **load_generation_config(TINY))
-    (described, resized), original = ask(DEMO_PROMPT), (picture.height, picture.width)
-    names = dict.fromkeys(name.split(" ", 1)[-1] for name in described.rstrip(".").split(", "))
-    boxes = [(to_original(box, resized, original), label) for name in names
-             for box, label in read_boxes(ask(f"Locate the {name}.")[0])]
-    (given, patches), (windows, _) = seen(processor, picture), windows_of(*(n // GROUP for n in resized))
+    picture = open_image(DEMO_IMAGE)
+    boxes = find_everything(picture)
+    given, patches = seen(load_processor(TINY), picture)
+    windows, _ = windows_of(given.height // GROUP, given.width // GROUP)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+
+    # What the model answers.
     show(left, picture, GROUP, title="What is where? The answers of tiny/", xlabel="pixels")
-    show(right, given, GROUP, xlabel="thin lines: patches; numbers: tokens; colours: windows",
+    for box, label in boxes:
+        outline(left, box, BLUE)
+        tag(left, box[0], box[1] - 3.5, label, BLUE)
+
+    # What it sees: patches, and over the first of each merge group the whole of it.
+    show(right, given, GROUP, xlabel="thin lines: patches; numbers: tokens; colors: windows",
          title=f"What does the model see? {len(patches)} patches, {windows.numel()} tokens")
-    for (x1, y1, x2, y2), label in boxes:
-        cell(left, x1, y1, "", "none", x2 - x1, y2 - y1, edgecolor=BLUE, lw=2.5)
-        left.text(x1, y1 - 3.5, label, color="white", bbox=dict(facecolor=BLUE, lw=0, pad=2))
     for i, (y, x) in enumerate(patches.tolist()):
-        cell(right, x, y, "", "none", SIDE, SIDE, edgecolor="black", lw=0.5)
+        rectangle(right, x, y, SIDE, SIDE, edgecolor="black", lw=0.5)
         if i % MERGE**2 == 0:
-            color = (COLORS[windows[y // GROUP, x // GROUP] % len(COLORS)], 0.35)
-            cell(right, x, y, i // MERGE**2, color, GROUP, GROUP, halo="white", edgecolor="black", lw=1.8)
-    return save(figure, out / "first.png", boxes=boxes, windows=windows)
+            window = windows[y // GROUP, x // GROUP]
+            color = (COLORS[window % len(COLORS)], 0.35)
+            rectangle(right, x, y, GROUP, GROUP, color, edgecolor="black", lw=1.8)
+            write(right, x + SIDE, y + SIDE, i // MERGE**2, halo="white")
+
+    save(figure, out / "first.png")
+    return dict(boxes=boxes, windows=windows)
 
 
-def draw_patches(out: Path) -> dict:
+# ---------------------------------------------------------------------------- patches and windows
+
+def draw_patches(out: Path, tokens: int = 6) -> dict:
     """A photo with the row of pixel_values in which each of its patches is stored, and the first rows."""
-    picture, patches = seen(load_processor(TINY, max_pixels=20_000), open_image(PHOTO))
+    processor = load_processor(TINY, max_pixels=20_000)
+    picture, patches = seen(processor, open_image(PHOTO))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.1), width_ratios=(12, 4.2))
+
+    # The photo, with the numbers of its patches and lines around its merge groups.
     show(left, picture, GROUP, title="In which order are patches stored?", xlabel="pixels")
     for i, (y, x) in enumerate(patches.tolist()):
-        token, at = divmod(i, MERGE**2)
-        cell(left, x, y, i, "none", SIDE, SIDE, ink="white", halo="black", lw=0.5)
-        if at == 0:
-            cell(left, x, y, "", "none", GROUP, GROUP, lw=2)
-        if token < 6:
-            right.imshow(picture.crop((x, y, x + SIDE, y + SIDE)), extent=(at, at + 1, token + 0.75, token))
-            cell(right, at, token, i, "none", 1, 0.75, ink="white", halo="black", lw=2)
-    right.set(title="The first rows of pixel_values", xlim=(0, 4), ylim=(5.75, 0), xticks=[], aspect="auto",
-              yticks=[n + 0.37 for n in range(6)], yticklabels=[f"token {n}" for n in range(6)])
+        rectangle(left, x, y, SIDE, SIDE, lw=0.5)
+        write(left, x + SIDE / 2, y + SIDE / 2, i, ink="white", halo="black")
+        if i % MERGE**2 == 0:
+            rectangle(left, x, y, GROUP, GROUP, lw=2)
+
+    # The patches of the first tokens, a token a line.
+    for i, (y, x) in enumerate(patches[:tokens * MERGE**2].tolist()):
+        token, place = divmod(i, MERGE**2)
+        patch = picture.crop((x, y, x + SIDE, y + SIDE))
+        right.imshow(patch, extent=(place, place + 1, token + 0.75, token))
+        rectangle(right, place, token, 1, 0.75, lw=2)
+        write(right, place + 0.5, token + 0.375, i, ink="white", halo="black")
+    right.set(title="The first rows of pixel_values", aspect="auto")
+    right.set(xlim=(0, MERGE**2), ylim=(tokens - 0.25, 0), xticks=[])
+    right.set_yticks([token + 0.37 for token in range(tokens)])
+    right.set_yticklabels([f"token {token}" for token in range(tokens)])
     right.spines[:].set_visible(False)
-    return save(figure, out / "patches.png", patches=patches, picture=picture)
+
+    save(figure, out / "patches.png")
+    return dict(patches=patches, picture=picture)
 
 
 def draw_windows(out: Path, rows: int = 5, columns: int = 9) -> dict:
-    """Which merge groups attend to each other, and the order in which that makes them neighbours."""
+    """Which merge groups attend to each other, and the order in which that makes them neighbors."""
     windows, order = windows_of(rows, columns)
-    depth, full = SHARED_VISION["depth"], SHARED_VISION["fullatt_block_indexes"]
     colors = [(COLORS[window], 0.6) for window in windows.flatten().tolist()]
-    figure, axes = plt.subplots(4, figsize=(11, 6.8), height_ratios=(6, 1, 1, 1))
-    for place, i in enumerate(order.tolist()):
-        cell(axes[0], i % columns, i // columns, i, colors[i])
-        cell(axes[1], i, 0, i, colors[i])
-        cell(axes[2], place, 0, i, colors[i])
-    for block in range(depth):
-        cell(axes[3], block, 0, block, ORANGE if block in full else GREY)
-    axes[0].set(title="Which merge groups see each other? Those of a window: 4 x 4, fewer at the edges",
-                xlim=(0, columns), ylim=(rows, 0), xlabel="column", ylabel="row", aspect="equal")
-    axes[1].set(title="Before: reading order, as the processor stores them", xlim=(0, len(order)), yticks=[])
-    axes[2].set(title="After: whole windows, the right edge, the bottom edge, the corner", xlabel="place",
-                xlim=(0, len(order)), yticks=[])
-    axes[3].set(title=f"Which blocks look further? {len(full)} of {depth} see whole frames", xlabel="block",
-                xlim=(0, depth), yticks=[])
-    return save(figure, out / "windows.png", windows=windows, order=order, full=full)
+    depth = SHARED_VISION["depth"]
+    full = SHARED_VISION["fullatt_block_indexes"]
+    figure, (frame, before, after, blocks) = plt.subplots(4, figsize=(11, 6.8), height_ratios=(6, 1, 1, 1))
 
+    # Every merge group three times: in the frame, in reading order, as stored.
+    for place, i in enumerate(order.tolist()):
+        cell(frame, i % columns, i // columns, i, colors[i])
+        cell(before, i, 0, i, colors[i])
+        cell(after, place, 0, i, colors[i])
+    frame.set(title="Which merge groups see each other? Those of a window: 4 x 4, fewer at the edges",
+              xlabel="column", ylabel="row", aspect="equal")
+    frame.set(xlim=(0, columns), ylim=(rows, 0))
+    before.set(title="Before: reading order, as the processor stores them", xlim=(0, len(order)), yticks=[])
+    after.set(title="After: whole windows, the right edge, the bottom edge, the corner",
+              xlim=(0, len(order)), xlabel="place", yticks=[])
+
+    for block in range(depth):
+        cell(blocks, block, 0, block, ORANGE if block in full else GRAY)
+    blocks.set(title=f"Which blocks look further? {len(full)} of {depth} see whole frames",
+               xlim=(0, depth), xlabel="block", yticks=[])
+
+    save(figure, out / "windows.png")
+    return dict(windows=windows, order=order, full=full)
+
+
+# ---------------------------------------------------------------------------- positions
 
 def draw_positions(out: Path) -> dict:
     """A prompt with a small picture, token by token: its positions, its slots in the cache."""
-    model, processor = load_model(TINY), load_processor(TINY, min_pixels=1, max_pixels=5000)
-    inputs = processor([{"role": "user", "content": [{"image": PHOTO}, {"text": DEMO_PROMPT}]}])
+    model = load_model(TINY)
+    processor = load_processor(TINY, min_pixels=1, max_pixels=5000)
+    inputs = processor(question(PHOTO))
     positions, following = model.positions(inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"])
-    table = torch.cat((positions[:, 0], following.expand(3, 1)), dim=1).T.tolist()      # and of the answer
-    decode = lambda i: repr(processor.tokenizer.decode([i], skip_special_tokens=False)).strip("' ")
-    names = [*map(decode, inputs["input_ids"][0].tolist()), "(the answer)"]
-    slots = (inputs["mm_token_type_ids"][0] == 1).nonzero()[:, 0].tolist()
-    start, resumed = table[slots[0]][0], table[slots[-1] + 1][0]
+
+    # Every token's name and its three positions, and those of the answer's first.
+    names = []
+    for i in inputs["input_ids"][0].tolist():
+        text = processor.tokenizer.decode([i], skip_special_tokens=False)
+        names.append(repr(text).strip("' "))
+    names.append("(the answer)")
+    table = positions[:, 0].T.tolist()
+    table.append([following.item()] * 3)
+
+    picture = inputs["mm_token_type_ids"][0].nonzero()[:, 0].tolist()       # its slots
+    first = picture[0] - 3                                                  # slot that is drawn
+    start = table[picture[0]][0]
+    resumed = table[picture[-1] + 1][0]
+
+    # A column for each token. The largest position of the picture and the one after it stand out.
     figure, axis = plt.subplots(figsize=(11, 4.7))
-    for slot in range(slots[0] - 3, len(table)):
-        cell(axis, slot, 0, "", "white", height=3.05, edgecolor=GREY)
-        cell(axis, slot, -4.6, slot, (GREY, 0.6))
+    for slot in range(first, len(table)):
+        rectangle(axis, slot, 0, 1, 3.05, "white", edgecolor=GRAY)
         axis.text(slot + 0.3, 0.2, names[slot], rotation=90, va="bottom")
-        for row, (value, color) in enumerate(zip(table[slot], COLORS)):
-            edge = dict(edgecolor="black", lw=2, zorder=2) if value in (resumed - 1, resumed) else {}
-            cell(axis, slot, -1.2 - row, value, (color, 0.7 if slot in slots else 0.3), **edge)
-    axis.set(title="At which position is each token?", xlim=(slots[0] - 3, len(table)), ylim=(-4.65, 3.1),
-             xticks=[], yticks=[1.5, -0.7, -1.7, -2.7, -4.1],
-             yticklabels=["token", "time", "row", "column", "cache slot"],
-             xlabel=f"The picture: {len(slots)} slots, positions {start} to {resumed - 1}. Text resumes one "
-             f"above: {resumed}.\nThe answer begins in slot {len(table) - 1} at position {following.item()}.")
+        for row, value in enumerate(table[slot]):
+            color = (COLORS[row], 0.7 if slot in picture else 0.3)
+            edge = {}
+            if value in (resumed - 1, resumed):
+                edge = dict(edgecolor="black", lw=2, zorder=2)
+            cell(axis, slot, -1.2 - row, value, color, **edge)
+        cell(axis, slot, -4.6, slot, (GRAY, 0.6))
+
+    axis.set(title="At which position is each token?", xticks=[])
+    axis.set(xlim=(first, len(table)), ylim=(-4.65, 3.1), yticks=[1.5, -0.7, -1.7, -2.7, -4.1])
+    axis.set_yticklabels(["token", "time", "row", "column", "cache slot"])
+    axis.set_xlabel(
+        f"The picture: {len(picture)} slots, positions {start} to {resumed - 1}. Text resumes one above: "
+        f"{resumed}.\nThe answer begins in slot {len(table) - 1} at position {following.item()}.")
     axis.spines[:].set_visible(False)
-    return save(figure, out / "positions.png", positions=positions[:, 0], following=following.item())
+
+    save(figure, out / "positions.png")
+    return dict(positions=positions[:, 0], following=following.item())
 
 
 def draw_time(out: Path, seconds: int = 6) -> dict:
     """The same seconds of video at three frame rates: frames, time positions of their pairs, text after."""
-    rate, pair, numbers = SHARED_VISION["tokens_per_second"], SHARED_VISION["temporal_patch_size"], {}
+    rate = SHARED_VISION["tokens_per_second"]
+    pair = SHARED_VISION["temporal_patch_size"]
     figure, axis = plt.subplots(figsize=(11, 5))
-    for lane, fps in zip((0, 3, 6), (1, 2, 4)):
-        n = seconds * fps // pair       # tokens of a video that is one merge group high and wide; then text
-        ids, video = torch.tensor([[1] * n + [0]]), dict(video_token_id=1, second_per_grid_ts=[pair / fps])
-        positions, _ = mrope_positions(ids, **video, video_grid_thw=torch.tensor([[n, MERGE, MERGE]]),
-                                       image_token_id=2, merge_size=MERGE, tokens_per_second=rate)
-        numbers[f"{fps} fps"] = times = positions[0, 0].tolist()
-        for i in range(seconds * fps):
-            cell(axis, i / fps * rate, lane, i, (COLORS[5 + i // pair % 2], 0.5), rate / fps, 0.9)
-        for i, at in enumerate(times):
-            cell(axis, at, lane + 1, at if i < n else f"text {at}", COLORS[5 + i % 2] if i < n else GREY)
+    numbers = {}
+    ticks = []
+    labels = []
+    for lane, fps in ((0, 1), (3, 2), (6, 4)):
+        # A video that is one merge group high and wide, so a token for each pair, and a token of text.
+        pairs = seconds * fps // pair
+        positions, _ = mrope_positions(
+            torch.tensor([[1] * pairs + [0]]),
+            image_token_id=2,
+            video_token_id=1,
+            merge_size=MERGE,
+            tokens_per_second=rate,
+            video_grid_thw=torch.tensor([[pairs, MERGE, MERGE]]),
+            second_per_grid_ts=[pair / fps],
+        )
+        times = positions[0, 0].tolist()
+        numbers[f"{fps} fps"] = times
+
+        # The frames where they are in time, and under them the pairs where they are in positions.
+        for frame in range(seconds * fps):
+            color = (COLORS[5 + frame // pair % 2], 0.5)
+            x = frame / fps * rate
+            rectangle(axis, x, lane, rate / fps, 0.9, color)
+            write(axis, x + rate / fps / 2, lane + 0.45, frame)
+        for i, time in enumerate(times[:-1]):
+            cell(axis, time, lane + 1, time, COLORS[5 + i % 2])
+        cell(axis, times[-1], lane + 1, f"text {times[-1]}", GRAY)
+        ticks += [lane + 0.45, lane + 1.5]
+        labels += [f"{fps} fps, frames", f"{fps} fps, pairs"]
+
     axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel("seconds")
     axis.set(title=f"When is a frame, in positions? At the time of the first of its pair, {rate} a second",
-             xlim=(0, seconds * rate + 2), ylim=(8.2, -0.2), xticks=range(0, seconds * rate + 3),
-             yticks=[0.45, 1.5, 3.45, 4.5, 6.45, 7.5],
-             yticklabels=[f"{name}, {what}" for name in numbers for what in ("frames", "pairs")],
              xlabel="time position, from the start of the video; text resumes at one more than the largest")
-    return save(figure, out / "time.png", **numbers)
+    end = seconds * rate + 2
+    axis.set(xlim=(0, end), ylim=(8.2, -0.2), xticks=range(end + 1))
+    axis.set_yticks(ticks, labels)
+
+    save(figure, out / "time.png")
+    return numbers
 
 
-def weights_of(model: Qwen2_5_VL, inputs: dict, answer: torch.Tensor) -> torch.Tensor:
+# ---------------------------------------------------------------------------- attention
+
+def weights_of(model: Qwen2_5_VL, inputs: dict, answer: Tensor) -> Tensor:
     """The decoder's attention (layers, heads, answer, tokens) from what wrote each token of an answer."""
     kept = []
 
-    def attend(q, k, v, mask):
-        kept.append(attention_weights(q, k, mask))
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        kept.append(attention_weights(q, k, mask, causal))
         return kept[-1] @ repeat_heads(v, q.shape[1])
 
     for layer in model.model.layers:
         layer.self_attn.attend = attend
     ids = torch.cat((inputs["input_ids"], answer[None]), dim=1)
     model.float()(ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
-    return torch.cat(kept)[:, :, -1 - len(answer):-1]       # of the tokens one ahead
+
+    # A token is written by the one before it.
+    return torch.cat(kept)[:, :, -1 - len(answer):-1]
 
 
 def draw_attention(out: Path) -> dict:
     """Where tiny/ reads when it writes some words of its answer: with two heads, and with all of them."""
-    model, processor = load_model(TINY, "cpu"), load_processor(TINY)
-    inputs = processor([{"role": "user", "content": [{"image": DEMO_IMAGE}, {"text": DEMO_PROMPT}]}])
+    model = load_model(TINY, "cpu")
+    processor = load_processor(TINY)
+    inputs = processor(question(DEMO_IMAGE))
     answer = torch.cat(list(generate(model, inputs, **load_generation_config(TINY))))
-    weights, words = weights_of(model, inputs, answer), [processor.decode([i]).strip() for i in answer]
-    shown = ([n for n, word in enumerate(words) if word in COLOR_WORDS] or [*range(len(words))])[:4]
-    # In the fourth layer two heads are trained to look at the thing that a token of the answer speaks of.
-    maps = torch.stack((weights[3, [0, 3]].mean(0), weights.mean((0, 1))))[:, shown]
-    sink, (_, rows, columns) = weights[..., 0].mean().item(), (inputs["image_grid_thw"][0] // MERGE).tolist()
-    maps = maps[..., inputs["mm_token_type_ids"][0].nonzero()[:, 0]].unflatten(2, (rows, columns))
-    figure, axes = plt.subplots(2, len(shown), figsize=(11, 5.8), squeeze=False)
-    for axis, heat, n in zip(axes.flat, maps.flatten(0, 1), 2 * shown):
-        axis.imshow(open_image(DEMO_IMAGE), extent=(0, columns, rows, 0))
-        axis.set(title=words[n], xticks=[], yticks=[], xlabel=f"{heat.sum():.0%} in the picture")
-        for i, share in enumerate(heat.flatten().tolist()):
-            text, color = f"{100 * share:.0f}" if share >= 0.05 else "", (BLUE, min(3 * share, 0.9))
-            cell(axis, i % columns, i // columns, text, color, halo="white", lw=0)
-    axes[0, 0].set_ylabel("layer 3, heads 0 and 3")
-    axes[1, 0].set_ylabel("all layers and heads")
-    figure.suptitle("Where does tiny/ read when it writes a word?")
-    figure.supxlabel("Per cent of the attention that writes the word, from 5 on: where it is, not what for.\n"
-                     f"Large models sink the rest into a prompt's first token; here that gets {sink:.0%}.")
-    return save(figure, out / "attention.png", words=words, shown=shown, maps=maps, sink=sink)
+    weights = weights_of(model, inputs, answer)
+    sink = weights[..., 0].mean().item()        # what the first token of the prompt gets
 
+    # Up to four words: colors, or any if the answer has none.
+    words = [processor.decode([i]).strip() for i in answer]
+    colored = [n for n, word in enumerate(words) if word in COLOR_WORDS]
+    shown = (colored or list(range(len(words))))[:4]
+
+    # In the fourth layer two heads are trained to look at the thing that a token of the answer speaks of.
+    trained = weights[3, [0, 3]].mean(dim=0)
+    everything = weights.mean(dim=(0, 1))
+    maps = torch.stack((trained, everything))[:, shown]                     # (2, words, tokens)
+
+    # Of the prompt, the picture's tokens, as a map.
+    _, rows, columns = (inputs["image_grid_thw"][0] // MERGE).tolist()
+    picture = inputs["mm_token_type_ids"][0].nonzero()[:, 0]
+    maps = maps[..., picture].unflatten(2, (rows, columns))
+
+    figure, axes = plt.subplots(2, len(shown), figsize=(11, 5.8), squeeze=False)
+    for line, title in enumerate(("layer 3, heads 0 and 3", "all layers and heads")):
+        axes[line, 0].set_ylabel(title)
+        for column, n in enumerate(shown):
+            draw_map(axes[line, column], maps[line, column], words[n])
+    figure.suptitle("Where does tiny/ read when it writes a word?")
+    figure.supxlabel(
+        "Percent of the attention that writes the word, from 5 on: where it is, not what for.\n"
+        f"Large models sink the rest into a prompt's first token; here that gets {sink:.0%}.")
+
+    save(figure, out / "attention.png")
+    return dict(words=words, shown=shown, maps=maps, sink=sink)
+
+
+def draw_map(axis: plt.Axes, heat: Tensor, word: str) -> None:
+    """The demo picture under the share of attention that each of its tokens gets, (rows, columns)."""
+    rows, columns = heat.shape
+    axis.imshow(open_image(DEMO_IMAGE), extent=(0, columns, rows, 0))
+    axis.set(title=word, xticks=[], yticks=[], xlabel=f"{heat.sum():.0%} in the picture")
+    for i, share in enumerate(heat.flatten().tolist()):
+        x = i % columns
+        y = i // columns
+        rectangle(axis, x, y, 1, 1, (BLUE, min(3 * share, 0.9)), lw=0)
+        if share >= 0.05:
+            write(axis, x + 0.5, y + 0.5, f"{100 * share:.0f}", halo="white")
+
+
+# ---------------------------------------------------------------------------- boxes
 
 def draw_boxes(out: Path) -> dict:
     """A box as a model would answer it, on the picture it was given and, mapped, on the original."""
-    photo, box = open_image(PHOTO), (135, 28, 180, 138)
+    box = (135, 28, 180, 138)
+    photo = open_image(PHOTO)
     given, _ = seen(load_processor(TINY), photo)
-    (W, H), (w, h) = photo.size, given.size
-    mapped = tuple(map(round, to_original(box, resized=(h, w), original=(H, W))))
+    W, H = photo.size
+    w, h = given.size
+    mapped = to_original(box, resized=(h, w), original=(H, W))
+    mapped = tuple(round(side) for side in mapped)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), width_ratios=(3, 2))
     show(left, photo, 50, title=f"In which pixels are boxes? The original: {W} x {H}",
          xlabel=f"times {W} / {w} = {W / w:.3f} in x, times {H} / {h} = {H / h:.3f} in y")
-    show(right, given, 28, title=f"A box as answered: resized to {w} x {h}", xlabel="pixels")
-    for axis, name, (x1, y1, x2, y2), color in (
-        (left, "spoon", mapped, BLUE), (left, "not mapped", box, "black"), (right, "spoon", box, BLUE),
+    show(right, given, GROUP, title=f"A box as answered: resized to {w} x {h}", xlabel="pixels")
+
+    for axis, name, sides, color in (
+        (left, "spoon", mapped, BLUE),
+        (left, "not mapped", box, "black"),
+        (right, "spoon", box, BLUE),
     ):
-        cell(axis, x1, y1, "", "none", x2 - x1, y2 - y1, edgecolor=color, lw=2.5)
-        axis.text(x1 + 1, y2 + 5, f"{name}\n{x1}, {y1}, {x2}, {y2}", va="top", color="white",
-                  bbox=dict(facecolor=color, lw=0, pad=2))
-    return save(figure, out / "boxes.png", box=box, mapped=mapped)
+        x1, _, _, y2 = sides
+        outline(axis, sides, color)
+        tag(axis, x1 + 1, y2 + 5, f"{name}\n{', '.join(map(str, sides))}", color, va="top")
+
+    save(figure, out / "boxes.png")
+    return dict(box=box, mapped=mapped)
 
 
-FIGURES = dict(first=draw_first, patches=draw_patches, windows=draw_windows, positions=draw_positions,
-               time=draw_time, attention=draw_attention, boxes=draw_boxes)
+FIGURES = dict(
+    first=draw_first,
+    patches=draw_patches,
+    windows=draw_windows,
+    positions=draw_positions,
+    time=draw_time,
+    attention=draw_attention,
+    boxes=draw_boxes,
+)
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(FIGURES)} (default: all)")
-    for name in parser.parse_args().names or FIGURES:
+    names = parser.parse_args().names or list(FIGURES)
+    for name in names:
         if name not in FIGURES:
             parser.error(f"{name}: no such figure; there are {', '.join(FIGURES)}")
         FIGURES[name](ROOT / "assets")
         print(f"assets/{name}.png", flush=True)
+
+
+if __name__ == "__main__":
+    main()

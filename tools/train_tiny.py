@@ -1,7 +1,6 @@
-"""Train the tiny checkpoint: this architecture with 2.9 million parameters, on pictures of coloured shapes.
+"""Train the tiny checkpoint: this architecture with 2.9 million parameters, on pictures of colored shapes.
 
-    python tools/train_tiny.py                          # from nothing to runs/tiny, or on from there
-    python tools/train_tiny.py --evaluate tiny --seed 7 --scenes 500 --failures failures.png
+    python tools/train_tiny.py      # from nothing to runs/tiny, or on from there
 
 The recipe. With questions and answers alone nothing is learned for thousands of steps: the decoder finds
 nothing to read in the picture, so the tower gets no useful gradient. What helps:
@@ -22,10 +21,10 @@ nothing to read in the picture, so the tower gets no useful gradient. What helps
 7. Weights in bfloat16, as they will be used, with float32 masters; Muon for matrices, AdamW for the rest.
 
 Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %. Config and tokenizer
-are those of tiny/.
+are those of tiny/. Read from the top: targets, batches, losses, the trainer, the loop. What the result is
+worth, `evaluate_tiny.py` says.
 """
 
-import itertools
 import json
 import math
 import random
@@ -34,8 +33,9 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -51,150 +50,266 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scenes
-from boxes import read_boxes
-from scenes import COLORS, DIRECTIONS, KINDS, SHAPES, SIDES, Question, Scene
+from scenes import COLORS, DIRECTIONS, KINDS, SHAPES, SIDES, Pixels, Question, Sample, Scene
 
-import vision
-from generate import generate
-from load_weights import load_config, load_generation_config, load_model
+from load_weights import load_config, load_processor
 from model import Config, Qwen2_5_VL
-from processing import IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, Box, Processor, load_processor
+from processing import IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, Grid, Processor
+from vision import sdpa
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 CELL = 28                               # pixels a side of a merge group
+UNKNOWN = -100                          # a target that costs nothing
+
+
+# ---------------------------------------------------------------------------- targets
+
+# What is known about each cell of a picture, by the thing that covers most of it; 0 where nothing does.
+TARGETS = dict(
+    thing=1,            # its number, from 1
+    shape=1,            # from 1
+    color=1,            # from 1
+    box=4,              # x1, y1, x2, y2 in pixels
+    rank=1,             # how many things come before it
+    rank_in_shape=1,    # how many of the same shape do
+    way=1,              # which way it moves, from 1; 0 if it doesn't
+)
+
+
+def columns(x: Tensor, widths: dict[str, int]) -> dict[str, Tensor]:
+    """The columns of x (..., C) by name; a single column without its axis."""
+    parts = x.split(list(widths.values()), dim=-1)
+    return {name: part.squeeze(-1) for name, part in zip(widths, parts, strict=True)}
+
+
+def cell_targets(scene: Scene, boxes: list[Pixels], ways: list[int]) -> Tensor:
+    """TARGETS of each cell of a picture with its things at `boxes`, moving in `ways`: (cells, 10) int64."""
+    rows = [[0] * sum(TARGETS.values())]
+    shapes = []         # of the things before
+    for i, thing in enumerate(scene.things):
+        shape = SHAPES.index(thing.shape) + 1
+        color = list(COLORS).index(thing.color) + 1
+        rows.append([i + 1, shape, color, *boxes[i], i, shapes.count(shape), ways[i]])
+        shapes.append(shape)
+
+    cover = torch.from_numpy(scene.cover(boxes, CELL).flatten())
+    return torch.tensor(rows)[cover]
+
+
+def sample_targets(sample: Sample) -> Tensor:
+    """TARGETS of all cells of its pictures or pairs of frames, one after the other: (cells, 10) int64."""
+    motion = sample.motion
+    targets = []
+    if motion is None:
+        for scene in sample.scenes:
+            ways = [UNKNOWN] * len(scene.things)
+            targets.append(cell_targets(scene, scene.boxes, ways))
+        return torch.cat(targets)
+
+    for first in range(0, motion.frames, 2):
+        # The thing is halfway between the two frames; the last frame may have to be both.
+        x1, y1 = motion.offset(first)
+        x2, y2 = motion.offset(min(first + 1, motion.frames - 1))
+        boxes = motion.boxes((x1 + x2) // 2, (y1 + y2) // 2)
+
+        # Where it goes the first pair cannot know, because the tower keeps pairs apart.
+        ways = [UNKNOWN if first == 0 else 0] * len(boxes)
+        if first > 0:
+            ways[motion.moving] = list(DIRECTIONS).index(motion.way) + 1
+        targets.append(cell_targets(motion.scene, boxes, ways))
+    return torch.cat(targets)
+
 
 # ---------------------------------------------------------------------------- batches
 
 START = dict(every=0.15, video=0.15, compare=0.3)       # after which share of the steps
 SHARE = dict(every=0.4, video=0.3, compare=0.1)         # of batches; "every" of those with one picture
-PER_PICTURE = dict(describe=1, locate=2, count=2, color=1, every=1, video=1, compare=1)     # questions
-UNKNOWN = -100                          # a target that costs nothing
+TWICE = ("locate", "count")                             # asked of a picture, the other kinds once
+
+
+class Token(NamedTuple):
+    """One of a tree: a stem, which is the system turn and the pictures, and a branch for each question."""
+    id: int
+    label: int = UNKNOWN    # the next one, where that is to be learned
+    point: int = 0          # number of the thing that the next one speaks of, 0 for none
+    branch: int = 0         # number of the question, 0 for the stem, -1 for padding
+    offset: int = 0         # tokens from the start of the branch
+
+
+class Place(NamedTuple):
+    """Where in a batch a question and its answer are."""
+    kind: str
+    row: int
+    tokens: slice
 
 
 @dataclass
-class Sample:
-    """What is shown, and asked about it."""
-    pictures: list[list[Image.Image]]   # pictures (a frame each), or a video
-    targets: Tensor                     # (slices x cells, 10), see `cell_targets`
-    questions: list[Question]
+class Batch:
+    """B trees of T tokens, on samples of one kind and size."""
+    step: int
+    places: list[Place]
+    stem: int               # tokens, the same in every row
+    input_ids: Tensor       # (B, T); here and in the next three see `Token`
+    labels: Tensor
+    points: Tensor
+    offsets: Tensor
+    visible: Tensor         # (B, T, T) bool, whether a token sees another
+    is_video: bool
+    pictures: int           # in each sample; a video counts as one
+    grid: Grid              # of every picture or video
+    pixels: Tensor          # (patches of all, 1176)
+    targets: Tensor         # (B, cells, 10), see TARGETS
 
-
-def cell_targets(scene: Scene, moving: int | None = None, offset: tuple[int, int] = (0, 0),
-                 way: int = UNKNOWN) -> Tensor:
-    """Of the thing that covers most of each cell, 0 for none: (cells, 10) int64.
-
-    Number of the thing, shape, color, x1, y1, x2, y2, how many things come before it, how many of its shape,
-    which way it moves (0 if it doesn't).
-    """
-    boxes = [scenes.shifted(thing.box, *(offset if i == moving else (0, 0)))
-             for i, thing in enumerate(scene.things)]
-    names, rows = [thing.shape for thing in scene.things], [[0] * 10]
-    for i, (thing, box) in enumerate(zip(scene.things, boxes)):
-        rows.append([i + 1, SHAPES.index(thing.shape) + 1, list(COLORS).index(thing.color) + 1, *box, i,
-                     names[:i].count(thing.shape), way if i == moving or way == UNKNOWN else 0])
-    return torch.tensor(rows)[torch.from_numpy(scene.cover(boxes, CELL).flatten())]
-
-
-def make_sample(rng: random.Random, kind: str, width: int, height: int, frames: int) -> Sample:
-    """A sample for questions of one kind; "picture" stands for those about a picture of shapes."""
-    if kind == "video":
-        seen = scenes.motion(rng, width, height, frames)
-        slices = []
-        for first in range(0, frames, 2):       # of two frames, the last of which may be there twice
-            (ax, ay), (bx, by) = seen.offset(first), seen.offset(min(first + 1, frames - 1))
-            way = list(DIRECTIONS).index(seen.way) + 1 if first > 0 else UNKNOWN
-            slices.append(cell_targets(seen.scene, seen.moving, ((ax + bx) // 2, (ay + by) // 2), way))
-        return Sample([seen.draw()], torch.cat(slices), [scenes.motion_question(seen)])
-    if kind == "compare":
-        both = [scenes.shapes_scene(rng, width, height) for _ in range(2)]
-        return Sample([[scene.draw()] for scene in both], torch.cat([cell_targets(scene) for scene in both]),
-                      [scenes.compare_question(*both)])
-    scene = scenes.shapes_scene(rng, width, height)
-    return Sample([[scene.draw()]], cell_targets(scene), scenes.shape_questions(scene))
-
-
-def conversation(question: Question, sample: Sample) -> list[dict]:
-    """As a user would ask."""
-    media = [{"type": "video", "video": frames, "fps": scenes.FPS} if question.kind == "video" else
-             {"type": "image", "image": frames[0]} for frames in sample.pictures]
-    return [{"role": "user", "content": [*media, {"type": "text", "text": question.text}]}]
+    @property
+    def packed_grid(self) -> Tensor:
+        """Of all pictures as the frames of one video: in the tower, frames never meet."""
+        _, h, w = self.grid
+        return torch.tensor([[len(self.pixels) // (h * w), h, w]])
 
 
 def choose(rng: random.Random, questions: list[Question], lists: bool) -> list[Question]:
-    """Which questions to ask of a picture: PER_PICTURE of each kind, lists of boxes not always."""
-    shuffled, counts = rng.sample(questions, len(questions)), PER_PICTURE | dict(every=int(lists))
-    return [question for kind, count in counts.items()
-            for question in [q for q in shuffled if q.kind == kind][:count]]
+    """Which questions to ask of a picture: one or two of each kind, lists of boxes not always."""
+    shuffled = rng.sample(questions, len(questions))
+    chosen = []
+    for kind in KINDS:
+        if kind != "every" or lists:
+            count = 2 if kind in TWICE else 1
+            chosen += [question for question in shuffled if question.kind == kind][:count]
+    return chosen
 
 
 class Batches(torch.utils.data.Dataset):
     """Batch number i, always the same for a seed: samples of one kind and size, several questions on each."""
 
     def __init__(self, processor: Processor, seed: int, size: int, steps: int):
-        self.processor, self.seed, self.size, self.steps = processor, seed, size, steps
-        tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())        # one that reads control tokens
-        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        self.processor = processor
+        self.seed = seed
+        self.size = size
+        self.steps = steps
+        self.tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())   # one that reads control tokens
 
-    def branch(self, asked: str, question: Question) -> tuple[list[int], list[int], list[int]]:
-        """Ids of a question, `asked`, and its answer; of each the next one, where that is to be learned; and
-        the number of the thing that the next one speaks of.
-        """
-        before, answer = self.encode(asked).ids, self.encode(question.expected + IM_END)
-        things = [thing for text, thing in question.answer for _ in text] + [0] * len(IM_END)
-        labels = [UNKNOWN] * (len(before) - 1) + [*answer.ids, UNKNOWN]
-        points = [0] * (len(before) - 1) + [things[start] for start, _ in answer.offsets] + [0]
-        return before + answer.ids, labels, points
+    def make_samples(self, rng: random.Random, step: int) -> tuple[list[Sample], bool]:
+        """Samples of one kind and size, and whether to ask for lists of boxes."""
+        width = rng.choice(SIDES)
+        height = rng.choice(SIDES)
+        frames = rng.randint(4, 8)
 
-    def __getitem__(self, step: int) -> dict:
-        rng, progress = random.Random(f"{self.seed} {step}"), step / self.steps
-        width, height, frames = rng.choice(SIDES), rng.choice(SIDES), rng.randint(4, 8)
-        late = {kind: share for kind, share in SHARE.items() if progress >= START[kind]}
-        lists = rng.random() < late.pop("every", 0)
-        kind = rng.choices(["picture", *late], [1 - sum(late.values()), *late.values()])[0]
-        count = 2 * self.size // ((frames + 1) // 2) if kind == "video" else self.size
-        samples = [make_sample(rng, kind, width, height, frames) for _ in range(count)]
-        made = [self.processor.patches(frames, 1, 10**9) for sample in samples for frames in sample.pictures]
-        grid = made[0][1]
+        # One kind, of those that have joined in so far.
+        shares = {kind: share for kind, share in SHARE.items() if step / self.steps >= START[kind]}
+        lists = rng.random() < shares.pop("every", 0)
+        kind = rng.choices(["picture", *shares], [1 - sum(shares.values()), *shares.values()])[0]
 
-        prompt = lambda sample, question: self.processor.prompt(conversation(question, sample))
-        media, _, _ = prompt(samples[0], samples[0].questions[0]).rpartition(VISION_END)
-        pad = VIDEO_PAD if kind == "video" else IMAGE_PAD
+        # Fewer videos: in all they have twice as many pairs of frames as there would be pictures.
+        count = self.size
+        if kind == "video":
+            count = 2 * self.size // math.ceil(frames / 2)
+        return [scenes.make_sample(rng, kind, width, height, frames) for _ in range(count)], lists
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids in a text, and at which of its characters each of them begins."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def around_media(self, sample: Sample, question: Question) -> tuple[str, str]:
+        """The prompt that asks a question: up to the last picture's end, and from there."""
+        prompt = self.processor.prompt(scenes.conversation(question, sample))
+        before, end, after = prompt.rpartition(VISION_END)
+        return before + end, after
+
+    def stem(self, sample: Sample, grid: Grid) -> list[Token]:
+        """What all questions have in common, with a placeholder for every merge group."""
+        text, _ = self.around_media(sample, sample.questions[0])
+        pad = IMAGE_PAD if sample.motion is None else VIDEO_PAD
         groups = math.prod(grid) // self.processor.merge_size**2
-        stem = self.encode(media.replace(pad, pad * groups) + VISION_END).ids
-        rows, answers = [], []      # of (id, label, point, branch, offset); of (kind, row, slice of the row)
+        ids, _ = self.encode(text.replace(pad, pad * groups))
+        return [Token(i) for i in ids]
+
+    def branch(self, sample: Sample, question: Question, number: int) -> list[Token]:
+        """A question and its answer. What is learned begins with the answer's first token."""
+        _, text = self.around_media(sample, question)
+        asked, _ = self.encode(text)
+        answer, starts = self.encode(question.expected + IM_END)
+
+        # The thing that each character of the answer speaks of.
+        things = []
+        for segment, thing in question.answer:
+            things += [thing] * len(segment)
+        things += [0] * len(IM_END)
+
+        before = len(asked) - 1
+        ids = asked + answer
+        labels = [UNKNOWN] * before + answer + [UNKNOWN]
+        points = [0] * before + [things[start] for start in starts] + [0]
+        offsets = range(len(ids))
+        return [Token(*values) for values in zip(ids, labels, points, repeat(number), offsets)]
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"{self.seed} {step}")
+        samples, lists = self.make_samples(rng, step)
+
+        # The patches, all in one size as they are.
+        patches = []
+        for sample in samples:
+            for frames in sample.pictures:
+                rows, grid = self.processor.cut(frames, min_pixels=1, max_pixels=10**9)
+                patches.append(rows)
+
+        # A tree for each sample, padded on the right.
+        stem = self.stem(samples[0], grid)
+        trees = []
+        places = []
         for b, sample in enumerate(samples):
-            row = [(i, UNKNOWN, 0, 0, 0) for i in stem]
-            for k, question in enumerate(choose(rng, sample.questions, lists), 1):
-                columns = self.branch(prompt(sample, question).rpartition(VISION_END)[2], question)
-                answers.append((question.kind, b, slice(len(row), len(row) + len(columns[0]))))
-                row += zip(*columns, itertools.repeat(k), range(len(columns[0])))
-            rows.append(row)
-        T = max(map(len, rows))
-        rows = [row + [(0, UNKNOWN, 0, -1, 0)] * (T - len(row)) for row in rows]
-        input_ids, labels, points, branch, offset = torch.tensor(rows).unbind(dim=2)
-        seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
-        return dict(
-            step=step, video=kind == "video", input_ids=input_ids, stem=len(stem), offset=offset,
-            visible=seen & torch.ones(T, T).tril().bool(), labels=labels, points=points, answers=answers,
-            pixels=torch.from_numpy(np.concatenate([patches for patches, _ in made])), grid=grid,
-            pictures=len(samples[0].pictures), targets=torch.stack([sample.targets for sample in samples]))
+            tree = list(stem)
+            for number, question in enumerate(choose(rng, sample.questions, lists), 1):
+                branch = self.branch(sample, question, number)
+                start = len(tree)
+                tree += branch
+                places.append(Place(question.kind, b, slice(start, len(tree))))
+            trees.append(tree)
+        T = max(map(len, trees))
+        pad = Token(0, branch=-1)
+        padded = [tree + [pad] * (T - len(tree)) for tree in trees]
+        input_ids, labels, points, branches, offsets = torch.tensor(padded).unbind(dim=2)
+
+        # A token sees what comes before it, in the stem and in its own branch.
+        keys = branches[:, None, :]
+        queries = branches[:, :, None]
+        before = torch.ones(T, T).tril().bool()
+        visible = before & ((keys == 0) | (keys == queries))
+
+        return Batch(
+            step=step,
+            places=places,
+            stem=len(stem),
+            input_ids=input_ids,
+            labels=labels,
+            points=points,
+            offsets=offsets,
+            visible=visible,
+            is_video=samples[0].motion is not None,
+            pictures=len(samples[0].pictures),
+            grid=grid,
+            pixels=torch.from_numpy(np.concatenate(patches)),
+            targets=torch.stack([sample_targets(sample) for sample in samples]),
+        )
 
 
-# ---------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------- losses
 
 class TreeAttention:
     """sdpa, with the branches of a batch in the place of the causal mask."""
     mask: Tensor        # (B, 1, T, T) float32, to be added
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: vision.Mask) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         # In float32: torch's kernel for the CPU is slower backwards in bfloat16.
-        mask = self.mask if mask is vision.CAUSAL else mask
-        return vision.sdpa(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        mask = self.mask if causal else mask
+        return sdpa(q.float(), k.float(), v.float(), mask, causal=False).to(q.dtype)
 
 
 class Hints(nn.Module):
     """The auxiliary layers: what covers each cell of the picture (near, after the tower), and what the
-    decoder is to know of it (far)."""
+    decoder is to know of it (far).
+    """
     NEAR = dict(shape=1 + len(SHAPES), color=1 + len(COLORS), box=4)
     FAR = NEAR | dict(digits=4 * 3 * 10, rank=4, rank_in_shape=4, way=1 + len(DIRECTIONS))
 
@@ -203,66 +318,112 @@ class Hints(nn.Module):
         self.near = nn.Linear(width, sum(self.NEAR.values()))
         self.far = nn.Linear(width, sum(self.FAR.values()))
 
-    def seen(self, x: dict[str, Tensor], targets: Tensor, box: Tensor) -> Tensor:
-        thing = targets[:, 0] > 0
-        return (F.cross_entropy(x["shape"], targets[:, 1]) + F.cross_entropy(x["color"], targets[:, 2])
-                + 2 * F.l1_loss(x["box"][thing], box[thing] / CELL))
-
     def near_loss(self, merged: Tensor, targets: Tensor, middles: Tensor) -> Tensor:
         """Of the tower's tokens (N, C), with boxes relative to the middles (N, 2) of the cells."""
-        x = self.near(merged).float().split(list(self.NEAR.values()), dim=1)
-        return self.seen(dict(zip(self.NEAR, x)), targets, targets[:, 3:7] - middles.repeat(1, 2))
+        said = columns(self.near(merged).float(), self.NEAR)
+        true = columns(targets, TARGETS)
+        return seen_loss(said, true, true["box"] - middles.repeat(1, 2))
 
     def far_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of the decoder's (N, C): boxes from the corner of the picture, their decimal digits, order, way."""
-        x = dict(zip(self.FAR, self.far(hidden).float().split(list(self.FAR.values()), dim=1)))
-        thing, box = targets[:, 0] > 0, targets[:, 3:7]
-        digits = torch.stack((box // 100, box // 10 % 10, box % 10), dim=-1)
-        loss = self.seen(x, targets, box) + F.cross_entropy(
-            x["digits"][thing].reshape(-1, 10), digits[thing].flatten())
-        for name, column in (("rank", 7), ("rank_in_shape", 8), ("way", 9)):
-            wanted = targets[thing, column]
+        said = columns(self.far(hidden).float(), self.FAR)
+        true = columns(targets, TARGETS)
+        box = true["box"]
+        thing = true["thing"] > 0
+        loss = seen_loss(said, true, box)
+
+        # Hundreds, tens and ones of each side.
+        digits = torch.stack((box // 100, box // 10 % 10, box % 10), dim=-1)            # (N, 4, 3)
+        said_digits = said["digits"][thing].reshape(-1, 10)
+        loss = loss + F.cross_entropy(said_digits, digits[thing].flatten())
+
+        for name in ("rank", "rank_in_shape", "way"):
+            wanted = true[name][thing]
             if (wanted != UNKNOWN).any():
-                loss = loss + 0.5 * F.cross_entropy(x[name][thing], wanted, ignore_index=UNKNOWN)
+                loss = loss + 0.5 * F.cross_entropy(said[name][thing], wanted, ignore_index=UNKNOWN)
         return loss
 
 
+def seen_loss(said: dict[str, Tensor], true: dict[str, Tensor], box: Tensor) -> Tensor:
+    """Shape and color of every cell, and the boxes (N, 4) in pixels of those that are of a thing."""
+    thing = true["thing"] > 0
+    return (F.cross_entropy(said["shape"], true["shape"])
+            + F.cross_entropy(said["color"], true["color"])
+            + 2 * F.l1_loss(said["box"][thing], box[thing] / CELL))
+
+
+def point_loss(scores: Tensor, points: Tensor, things: Tensor) -> Tensor:
+    """How little heads look at what is meant.
+
+    scores (B, heads, T, T), masked; points (B, T): the thing that a token should look at, or 0; things
+    (B, T): the thing that a token shows, or 0.
+    """
+    meant = (points[:, :, None] == things[:, None, :]) & (things > 0)[:, None, :]       # (B, T, T)
+    b, t = meant.any(dim=2).nonzero(as_tuple=True)
+    scores = scores[b, :, t]                                                            # (N, heads, T)
+    meant = meant[b, t][:, None]
+    of_meant = scores.masked_fill(~meant, -torch.inf)
+    return (scores.logsumexp(dim=2) - of_meant.logsumexp(dim=2)).mean()
+
+
+# ---------------------------------------------------------------------------- the trainer
+
 class Trainer:
     """The model, its hints and their optimizers; `step` is what happens to a batch."""
-    HINTED, POINTING = 2, 3     # decoder layers
+    HINTED = 2          # decoder layer after which far hints are asked for
+    POINTING = 3        # decoder layer in which heads are told where to look
 
     def __init__(self, config: Config, seed: int, rate: float):
         torch.manual_seed(seed)
-        self.attend, self.rate, self.caught = TreeAttention(), rate, {}
-        self.model, self.hints = Qwen2_5_VL(config, self.attend), Hints(config.hidden_size)
+        self.rate = rate
+        self.attend = TreeAttention()
+        self.model = Qwen2_5_VL(config, self.attend)
+        self.hints = Hints(config.hidden_size)
         nn.init.normal_(self.model.model.embed_tokens.weight, std=0.05)
+
+        # The weights are what the masters round to.
         self.parameters = [*self.model.parameters(), *self.hints.parameters()]
         self.masters = [p.detach().clone() for p in self.parameters]
         self.model.bfloat16()
         self.hints.bfloat16()
-        hidden = {id(p) for m in (self.model.visual, self.model.model.layers) for p in m.parameters()
-                  if p.ndim == 2}
-        matrices = [m for p, m in zip(self.parameters, self.masters) if id(p) in hidden]
-        others = [m for p, m in zip(self.parameters, self.masters) if id(p) not in hidden]
+
+        # Muon for the matrices of blocks and layers, AdamW for embeddings, vectors and hints.
+        hidden = set()
+        for module in (self.model.visual, self.model.model.layers):
+            hidden |= {id(p) for p in module.parameters() if p.ndim == 2}
+        matrices = []
+        others = []
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            (matrices if id(p) in hidden else others).append(master)
         self.optimizers = [
             torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
-        def point(q: Tensor, k: Tensor, v: Tensor, mask: vision.Mask) -> Tensor:
-            self.caught.update(q=q, k=k)
-            return self.attend(q, k, v, mask)
-        self.model.visual.register_forward_hook(lambda *args: self.caught.update(merged=args[-1]))
-        self.model.model.layers[self.HINTED].register_forward_hook(
-            lambda *args: self.caught.update(hidden=args[-1]))
-        self.model.model.layers[self.POINTING].self_attn.attend = point
+        # What the losses need from inside of a forward pass.
+        self.caught = {}
+        layers = self.model.model.layers
+        self.model.visual.register_forward_hook(self.catch("merged"))
+        layers[self.HINTED].register_forward_hook(self.catch("hidden"))
+        layers[self.POINTING].self_attn.attend = self.attend_and_catch
+
+    def catch(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self.caught[name] = output
+        return hook
+
+    def attend_and_catch(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        self.caught["q"] = q
+        self.caught["k"] = k
+        return self.attend(q, k, v, mask, causal)
 
     def state(self, step: int) -> dict:
         return dict(step=step, masters=self.masters, optimizers=[o.state_dict() for o in self.optimizers])
 
     def restore(self, state: dict) -> int:
-        for master, saved in zip(self.masters, state["masters"]):
+        for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.publish()
         return state["step"]
@@ -270,73 +431,91 @@ class Trainer:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters to the weights."""
-        for p, master in zip(self.parameters, self.masters):
+        for p, master in zip(self.parameters, self.masters, strict=True):
             p.copy_(master)
 
-    def forward(self, batch: dict) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits of a batch of trees."""
-        (t, h, w), stem, B = batch["grid"], batch["stem"], len(batch["input_ids"])
-        grids = torch.tensor([[t, h, w]] * batch["pictures"])
-        packed = torch.tensor([[t * batch["pictures"] * B, h, w]])     # one video, whose frames never meet
-        if batch["video"]:
+        grids = torch.tensor([batch.grid] * batch.pictures)
+        if batch.is_video:
             media = dict(video_grid_thw=grids, second_per_grid_ts=[2 / scenes.FPS])
-            pixels = dict(pixel_values_videos=batch["pixels"], video_grid_thw=packed)
+            pixels = dict(pixel_values_videos=batch.pixels, video_grid_thw=batch.packed_grid)
         else:
             media = dict(image_grid_thw=grids)
-            pixels = dict(pixel_values=batch["pixels"], image_grid_thw=packed)
-        before, after = self.model.positions(batch["input_ids"][:1, :stem], **media)
-        positions = (after + batch["offset"]).repeat(3, 1, 1)
-        positions[:, :, :stem] = before
-        x = self.model.embed(batch["input_ids"], **pixels)
-        unseen = ~batch["visible"][:, None]
+            pixels = dict(pixel_values=batch.pixels, image_grid_thw=batch.packed_grid)
+
+        # Every branch begins at the position after the stem.
+        before, after = self.model.positions(batch.input_ids[:1, :batch.stem], **media)
+        positions = (after + batch.offsets).repeat(3, 1, 1)
+        positions[:, :, :batch.stem] = before
+
+        x = self.model.embed(batch.input_ids, **pixels)
+        unseen = ~batch.visible[:, None]
         self.attend.mask = torch.zeros(unseen.shape).masked_fill(unseen, torch.finfo(torch.float32).min)
-        return self.model.decode(x, positions).float()
+        return self.model.logits(x, positions).float()
 
-    def point_loss(self, batch: dict, vision_tokens: Tensor) -> Tensor:
-        """How little the pointing heads, one for each key head, look at what the next token speaks of."""
-        q, k = self.caught["q"].float(), self.caught["k"].float()
-        q = q[:, ::q.shape[1] // k.shape[1]]                                    # (B, kv heads, T, D)
-        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + self.attend.mask
-        thing = torch.zeros_like(batch["points"]).masked_scatter(vision_tokens, batch["targets"][..., 0])
-        meant = (batch["points"][:, :, None] == thing[:, None, :]) & (thing > 0)[:, None, :]    # (B, T, T)
-        b, t = meant.any(dim=2).nonzero(as_tuple=True)
-        scores, meant = scores[b, :, t], meant[b, t][:, None]
-        return (scores.logsumexp(dim=2) - scores.masked_fill(~meant, -torch.inf).logsumexp(dim=2)).mean()
-
-    def losses(self, batch: dict, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    def losses(self, batch: Batch, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         """Losses by name, and for every kind of question which answers are right to the last token."""
-        (_, h, w), targets = batch["grid"], batch["targets"].flatten(0, 1)
-        losses, right = {}, defaultdict(list)
         if tower_only:
-            slices = batch["pixels"].shape[0] // (h * w)
-            self.model.visual(batch["pixels"], torch.tensor([[slices, h, w]]))
-        else:
-            logits, labels = self.forward(batch), batch["labels"]
-            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            losses["answer"] = total / len(batch["answers"])
-            good = (logits.argmax(dim=-1) == labels) | (labels == UNKNOWN)
-            for kind, b, place in batch["answers"]:
-                right[kind].append(good[b, place].all().item())
-            config, video = self.model.config, batch["video"]
-            tokens = batch["input_ids"] == (config.video_token_id if video else config.image_token_id)
-            losses["far"] = self.hints.far_loss(self.caught["hidden"][tokens], targets)
-            if (batch["points"] > 0).any():
-                losses["point"] = self.point_loss(batch, tokens)
-        merge = self.model.config.vision.spatial_merge_size
-        rows, columns = (torch.arange(side // merge) * CELL + CELL / 2 for side in (h, w))
-        middles = torch.cartesian_prod(rows, columns).flip(1)
-        losses["near"] = self.hints.near_loss(
-            self.caught["merged"], targets, middles.repeat(len(targets) // len(middles), 1))
+            self.model.visual(batch.pixels, batch.packed_grid)
+            return dict(near=self.near_loss(batch)), {}
+
+        logits = self.forward(batch)
+        said = logits.argmax(dim=-1)
+        good = (said == batch.labels) | (batch.labels == UNKNOWN)
+        right = defaultdict(list)
+        for place in batch.places:
+            tokens = good[place.row, place.tokens]
+            right[place.kind].append(tokens.all().item())
+
+        # What is answered, and what tower and decoder know of the pictures.
+        config = self.model.config
+        pad = config.video_token_id if batch.is_video else config.image_token_id
+        placeholders = batch.input_ids == pad
+        targets = batch.targets.flatten(0, 1)
+        total = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        losses = dict(
+            near=self.near_loss(batch),
+            far=self.hints.far_loss(self.caught["hidden"][placeholders], targets),
+            answer=total / len(batch.places),
+        )
+
+        # Where heads look, if any token speaks of a thing.
+        if (batch.points > 0).any():
+            things = torch.zeros_like(batch.points).masked_scatter(placeholders, targets[:, 0])
+            losses["point"] = point_loss(self.pointing_scores(), batch.points, things)
         return losses, right
 
-    def step(self, batch: dict, tower_only: bool, progress: float) -> dict[str, list[float]]:
+    def near_loss(self, batch: Batch) -> Tensor:
+        _, h, w = batch.grid
+        merge = self.model.config.vision.spatial_merge_size
+        y = torch.arange(h // merge) * CELL + CELL / 2
+        x = torch.arange(w // merge) * CELL + CELL / 2
+        middles = torch.cartesian_prod(y, x).flip(1)                                    # (cells, 2): x, y
+
+        targets = batch.targets.flatten(0, 1)
+        middles = middles.repeat(len(targets) // len(middles), 1)
+        return self.hints.near_loss(self.caught["merged"], targets, middles)
+
+    def pointing_scores(self) -> Tensor:
+        """Of the heads that point, one for each key head: (B, kv heads, T, T), masked."""
+        q = self.caught["q"].float()
+        k = self.caught["k"].float()
+        q = q[:, ::q.shape[1] // k.shape[1]]                                            # (B, kv heads, T, D)
+        return q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + self.attend.mask
+
+    def step(self, batch: Batch, tower_only: bool, progress: float) -> dict[str, list[float]]:
         """One update, at a share `progress` of all steps: 100 to warm up, the last 40 % down to zero."""
         losses, right = self.losses(batch, tower_only)
         sum(losses.values()).backward()
-        for p, master in zip(self.parameters, self.masters):
-            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+
+        # The gradients move over to the masters.
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None if p.grad is None else p.grad.float()
+            p.grad = None
         nn.utils.clip_grad_norm_(self.masters, 1.0)
-        rate = self.rate * min(1, (batch["step"] + 1) / 100, (1 - progress) / 0.4)
+
+        rate = self.rate * min(1, (batch.step + 1) / 100, (1 - progress) / 0.4)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -345,149 +524,73 @@ class Trainer:
         return {name: [loss.item()] for name, loss in losses.items()} | right
 
 
+# ---------------------------------------------------------------------------- the loop
+
 def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: float) -> None:
     """All but the weights comes from tiny/; where `work` holds a state, training goes on from there."""
     shutil.copytree(TINY, work, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    processor, trainer = load_processor(work), Trainer(load_config(work), seed, rate)
-    saved, log, start = work / "state.pt", work / "log.jsonl", 0
+    trainer = Trainer(load_config(work), seed, rate)
+    saved = work / "state.pt"
+    start = 0
     if saved.exists():
         start = trainer.restore(torch.load(saved, weights_only=True))
         print(f"on from step {start}", file=sys.stderr)
-    batches = torch.utils.data.Subset(Batches(processor, seed, size, steps), range(start, steps))
+
+    # Another process makes the batches.
+    batches = Batches(load_processor(work), seed, size, steps)
+    batches = torch.utils.data.Subset(batches, range(start, steps))
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
-    clock, collected = time.time(), defaultdict(list)
+
+    clock = time.time()
+    collected = defaultdict(list)
     for batch in loader:
-        step = batch["step"] + 1
-        for name, values in trainer.step(batch, step <= tower_steps, batch["step"] / steps).items():
+        step = batch.step + 1
+        for name, values in trainer.step(batch, step <= tower_steps, batch.step / steps).items():
             collected[name] += values
+
         if step % 50 == 0 or step == steps:
-            row = dict(step=step, seconds=(time.time() - clock) / len(collected["near"]))
-            row |= {name: sum(values) / len(values) for name, values in collected.items()}
-            numbers = (f"{name} {value:.3f}" for name, value in row.items() if name != "step")
-            print(f"{step}/{steps}", *numbers, sep="  ", flush=True)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            clock, collected = time.time(), defaultdict(list)
+            report(work, step, steps, time.time() - clock, collected)
+            clock = time.time()
+            collected = defaultdict(list)
         if step % 200 == 0 or step == steps:
-            torch.save(trainer.state(step), saved.with_suffix(".new"))
-            saved.with_suffix(".new").replace(saved)
-            weights = {name: p.contiguous() for name, p in trainer.model.state_dict().items()}
-            save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
-            draw_curve(log, work / "loss.png")
+            save(work, trainer, step)
+
+
+def report(work: Path, step: int, steps: int, seconds: float, collected: dict[str, list[float]]) -> None:
+    """Means since the last report, printed and added to the log."""
+    means = {name: sum(values) / len(values) for name, values in collected.items()}
+    numbers = dict(seconds=seconds / len(collected["near"])) | means
+    said = [f"{name} {value:.3f}" for name, value in numbers.items()]
+    print(f"{step}/{steps}", *said, sep="  ", flush=True)
+    with (work / "log.jsonl").open("a") as file:
+        file.write(json.dumps(dict(step=step) | numbers) + "\n")
+
+
+def save(work: Path, trainer: Trainer, step: int) -> None:
+    """The state, to go on from, first under another name, so that an interruption leaves a whole one; the
+    weights; and the curve.
+    """
+    state = work / "state.pt"
+    torch.save(trainer.state(step), state.with_suffix(".new"))
+    state.with_suffix(".new").replace(state)
+
+    weights = {name: p.contiguous() for name, p in trainer.model.state_dict().items()}
+    save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
+    draw_curve(work / "log.jsonl", work / "loss.png")
 
 
 def draw_curve(log: Path, path: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, names, title in zip(axes, (("near", "far", "point", "answer"), KINDS), ("loss", "right")):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.set(title="loss", xlabel="step", yscale="log")
+    right.set(title="right", xlabel="step")
+    for axis, names in ((left, ("near", "far", "point", "answer")), (right, KINDS)):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points), label=name)
-        axis.set(xlabel="step", title=title)
         axis.legend()
-    axes[0].set_yscale("log")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-# ---------------------------------------------------------------------------- evaluation
-
-class Answer(NamedTuple):
-    question: Question
-    sample: Sample
-    got: str
-
-
-def iou(a: Box, b: Box) -> float:
-    inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    area = lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])
-    return inner / max(1, area(a) + area(b) - inner)
-
-
-def overlap(answer: Answer) -> float:
-    """IoU of the one box that was asked for; 0 where the label is another."""
-    (box, label), *_ = read_boxes(answer.question.expected)
-    return max((iou(box, other) for other, said in read_boxes(answer.got) if said == label), default=0.0)
-
-
-def f1(answers: list[Answer]) -> float:
-    """Of boxes with the right label and an IoU above 0.5, each found once."""
-    hits = total = 0
-    for answer in answers:
-        expected, got = read_boxes(answer.question.expected), read_boxes(answer.got)
-        total += len(expected) + len(got)
-        for box, label in got:
-            match = next((e for e in expected if e[1] == label and iou(e[0], box) > 0.5), None)
-            if match:
-                expected.remove(match)
-                hits += 1
-    return 2 * hits / max(1, total)
-
-
-def good(answer: Answer) -> bool:
-    """Whether an answer counts as right: boxes by label and overlap, the rest to the letter."""
-    kind, expected = answer.question.kind, answer.question.expected
-    return answer.got == expected or kind in ("locate", "every") and f1([answer]) == 1
-
-
-def asked(seed: int, scenes: int, kinds: tuple[str, ...]) -> Iterator[tuple[Question, Sample]]:
-    """One question of every kind about each of a number of scenes, which no training has seen."""
-    for n in range(scenes):
-        rng = random.Random(f"evaluation {seed} {n}")
-        width, height = rng.choice(SIDES), rng.choice(SIDES)
-        for kind in ("picture", "video", "compare"):
-            sample = make_sample(rng, kind, width, height, rng.randint(4, 8))
-            questions = {q.kind: q for q in rng.sample(sample.questions, len(sample.questions))}
-            yield from ((questions[kind], sample) for kind in kinds if kind in questions)
-
-
-def answers(path: Path, seed: int, scenes: int, kinds: tuple[str, ...] = KINDS) -> Iterator[Answer]:
-    """What a checkpoint says to the questions of `asked`, 64 at a time."""
-    model, processor, settings = load_model(path), load_processor(path), load_generation_config(path)
-    questions = asked(seed, scenes, kinds)
-    while batch := list(itertools.islice(questions, 64)):
-        inputs = processor([conversation(*pair) for pair in batch])
-        for (question, sample), ids in zip(batch, torch.stack(list(generate(model, inputs, **settings)), 1)):
-            yield Answer(question, sample, processor.decode(ids))
-
-
-def table(collected: list[Answer]) -> str:
-    """The rows that the README shows."""
-    share = lambda some: sum(map(good, some)) / max(1, len(some))
-    mean_iou = lambda some: sum(map(overlap, some)) / max(1, len(some))
-    lines = ["| question | measure | reached | aim |", "|---|---|---|---|"]
-    for kind, question, measure, score, aim in (
-        ("describe", "Describe the image.", "exact", share, 0.95),
-        ("locate", "Locate the red circle.", "mean IoU", mean_iou, 0.80),
-        ("locate", "", "IoU above 0.5", share, 0.95),
-        ("count", "How many circles are there?", "exact", share, 0.97),
-        ("color", "What color is the circle?", "exact", share, 0.98),
-        ("every", "Locate every circle.", "F1 at IoU 0.5", f1, 0.90),
-        ("video", "Which way does the circle move?", "exact", share, 0.95),
-        ("compare", "Which image has more objects?", "exact", share, 0.90),
-    ):
-        reached = score([answer for answer in collected if answer.question.kind == kind])
-        lines.append(f"| {question} | {measure} | {reached:.1%} | {aim:.0%} |")
-    return "\n".join(lines)
-
-
-def draw_failures(collected: list[Answer], path: Path, seed: int) -> None:
-    """16 random answers that are wrong, as a contact sheet."""
-    wrong = [answer for answer in collected if not good(answer)]
-    figure, axes = plt.subplots(4, 4, figsize=(14, 15))
-    for axis, answer in zip(axes.flat, random.Random(seed).sample(wrong, min(16, len(wrong)))):
-        pictures = sum(answer.sample.pictures, [])      # the first and the last of them
-        axis.imshow(np.concatenate(pictures[::max(1, len(pictures) - 1)], axis=1))
-        for text, color in ((answer.question.expected, "black"), (answer.got, "red")):
-            for (x1, y1, x2, y2), _ in read_boxes(text):
-                axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color))
-        short = lambda text: "; ".join(f"{label} {box}" for box, label in read_boxes(text)) or text
-        said = short(answer.question.expected), short(answer.got)
-        axis.set_title("\n".join((answer.question.text, *said)), fontsize=7, wrap=True)
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -499,19 +602,8 @@ def main() -> None:
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=16, help="pictures")
     add("--lr", type=float, default=3e-3)
-    add("--evaluate", type=Path, metavar="DIR", help="print how well a checkpoint answers, and don't train")
-    add("--scenes", type=int, default=500, help="for --evaluate")
-    add("--failures", type=Path, metavar="PNG", help="for --evaluate: draw wrong answers")
     args = parser.parse_args()
-    if not args.evaluate:
-        return train(args.work, args.seed, args.steps, args.tower_steps, args.batch, args.lr)
-    collected = []
-    for answer in answers(args.evaluate, args.seed, args.scenes):
-        collected.append(answer)
-        print(f"\r{len(collected)} answers", end="", file=sys.stderr)
-    print(f"\n{table(collected)}")
-    if args.failures:
-        draw_failures(collected, args.failures, args.seed)
+    train(args.work, args.seed, args.steps, args.tower_steps, args.batch, args.lr)
 
 
 if __name__ == "__main__":
