@@ -12,6 +12,10 @@ from processing import IMAGE_MEAN, IMAGE_STD
 from sampling import generate
 from vision import attention_weights, eager
 
+# The windows of a frame of 6 or 5 x 9 merge groups, row by row.
+UPPER = [0, 0, 0, 0, 1, 1, 1, 1, 2]
+LOWER = [3, 3, 3, 3, 4, 4, 4, 4, 5]
+
 
 def test_first_screen_has_boxes_of_the_original_picture(tmp_path, monkeypatch):
     """Bug: boxes as answered, in pixels of the resized picture; or windows of the original one."""
@@ -27,7 +31,7 @@ def test_first_screen_has_boxes_of_the_original_picture(tmp_path, monkeypatch):
 
     numbers = figures.draw_first(tmp_path)
     assert numbers["boxes"] == [((16, 42, 32, 84), "it")] * 2
-    assert numbers["windows"].tolist() == [[0] * 4 + [1] * 4 + [2]] * 4 + [[3] * 4 + [4] * 4 + [5]] * 2
+    assert numbers["windows"].tolist() == [UPPER] * 4 + [LOWER] * 2
 
 
 def test_patches_have_the_numbers_of_their_rows(tmp_path):
@@ -37,16 +41,18 @@ def test_patches_have_the_numbers_of_their_rows(tmp_path):
 
     # The rows of pixel_values, as small pictures.
     rows, (t, h, w) = load_processor(TINY).cut([Image.open(figures.PHOTO)], 1, 20_000)
-    rows = rows.reshape(t * h * w, 3, 2, 14, 14)[:, :, 0].transpose(0, 2, 3, 1) * IMAGE_STD
-    for (y, x), row in zip(numbers["patches"].tolist(), rows, strict=True):
-        assert np.allclose(row, pixels[y:y + 14, x:x + 14], atol=1e-4)
+    rows = rows.reshape(t * h * w, 3, 2, 14, 14)
+    frames = rows[:, :, 0].transpose(0, 2, 3, 1) * IMAGE_STD
+    for (y, x), frame in zip(numbers["patches"].tolist(), frames, strict=True):
+        patch = pixels[y:y + 14, x:x + 14]
+        assert np.allclose(frame, patch, atol=1e-4)
 
 
 def test_windows_are_stored_whole(tmp_path):
     """Bug: windows of another size, the order undone twice, or other full blocks."""
     numbers = figures.draw_windows(tmp_path)
     windows = numbers["windows"]
-    assert windows.tolist() == [[0] * 4 + [1] * 4 + [2]] * 4 + [[3] * 4 + [4] * 4 + [5]]
+    assert windows.tolist() == [UPPER] * 4 + [LOWER]
     assert torch.equal(numbers["order"], windows.flatten().argsort(stable=True))
     assert numbers["full"] == (7, 15, 23, 31)
 
@@ -55,8 +61,12 @@ def test_text_resumes_after_the_largest_position_of_the_picture(tmp_path):
     """Bug: the text after a picture counted by its tokens."""
     numbers = figures.draw_positions(tmp_path)
     positions = numbers["positions"]
-    assert positions[:, 15:21].tolist() == [[15] * 6, [15] * 3 + [16] * 3, [15, 16, 17] * 2]
-    assert positions[:, 21:].tolist() == [list(range(18, 28))] * 3
+    time, row, column = positions[:, 15:21].tolist()
+    assert time == [15, 15, 15, 15, 15, 15]
+    assert row == [15, 15, 15, 16, 16, 16]
+    assert column == [15, 16, 17, 15, 16, 17]
+    for axis in positions[:, 21:].tolist():
+        assert axis == list(range(18, 28))
     assert numbers["following"] == 28
 
 
@@ -93,10 +103,13 @@ def test_attention_is_that_of_the_token_before(tmp_path, monkeypatch, prompt):
     last = inputs["input_ids"].shape[1] - 1     # of the prompt, which writes the answer's first token
     weights = torch.cat(kept)[:, :, last:-1]
     is_picture = ids[0] == model.config.image_token_id
-    maps = weights[..., is_picture].unflatten(3, (6, 8))[:, :, numbers["shown"]]
-    assert torch.allclose(numbers["maps"][0], maps[3, [0, 3]].mean(dim=0), atol=1e-5)
-    assert torch.allclose(numbers["maps"][1], maps.mean(dim=(0, 1)), atol=1e-5)
-    assert numbers["sink"] == pytest.approx(weights[..., 0].mean().item(), abs=1e-5)
+    maps = weights[..., is_picture].unflatten(3, (6, 8))
+    maps = maps[:, :, numbers["shown"]]
+    trained, everything = numbers["maps"]
+    assert torch.allclose(trained, maps[3, [0, 3]].mean(dim=0), atol=1e-5)
+    assert torch.allclose(everything, maps.mean(dim=(0, 1)), atol=1e-5)
+    sink = weights[..., 0].mean().item()
+    assert numbers["sink"] == pytest.approx(sink, abs=1e-5)
 
 
 def test_drawn_box_is_mapped_to_the_original(tmp_path):
