@@ -2,13 +2,15 @@
 
 Read from the top: where the checkpoint is, the dialects of its config.json, its settings for sampling, its
 processor, and its tensors: mapped into memory, without a copy, and only if every one of them fits. A key that
-is missing falls back on the value that the published checkpoints share; what is not computed here is refused
-by its name. A first reading can skip this file.
+is missing falls back on the value that the published checkpoints share; what a file asks for and is not
+computed here is refused by its name. A first reading can skip this file.
 
 Next: generate.py
 """
 
 import json
+import warnings
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -28,22 +30,31 @@ ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What all published checkpoints share, for keys that a config.json leaves out, as the 32B's its window size
-# and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value.
+# and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value, except for the
+# tower's MLP width: transformers 4.49 left out the one of 3B and 7B.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
     tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
 )
 SHARED_VISION = dict(
-    depth=32, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
-    window_size=112, fullatt_block_indexes=(7, 15, 23, 31), tokens_per_second=2,
+    depth=32, intermediate_size=3420, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2,
+    spatial_merge_size=2, window_size=112, fullatt_block_indexes=(7, 15, 23, 31),
+    tokens_per_second=2,
 )
+PUBLISHED_TEMPLATE = 3459730853     # CRC-32 of the chat template that processing.py fills in
+
+# The kinds of values, as a message calls them.
+KINDS = {
+    int: "an integer from 0 up", tuple[int, ...]: "a list of integers from 0 up", dict: "an object",
+    float: "a number from 0 up", tuple[float, ...]: "a list of numbers from 0 up", bool: "true or false",
+}
 
 
 def checkpoint(name: str | Path) -> Path:
     """The directory of a checkpoint: `name` itself, or that of a hub id, downloaded once.
 
-    Downloads only safetensors and JSON files. Raises OSError if the name is neither a directory nor on the
-    hub, ValueError for a directory with nothing but a LoRA adapter.
+    Downloads only safetensors, JSON and the chat template. Raises OSError if the name is neither a directory
+    nor on the hub, ValueError for a directory with nothing but a LoRA adapter.
     """
     path = Path(name)
     if name and path.is_dir():
@@ -55,7 +66,7 @@ def checkpoint(name: str | Path) -> Path:
                       "Qwen/Qwen2.5-VL-3B-Instruct")
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
     except Exception as error:      # the hub's library lets its transport's own exceptions through
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"{name}: not a directory here, and not available from the hub; check the name and the "
@@ -64,16 +75,21 @@ def checkpoint(name: str | Path) -> Path:
 
 # ---------------------------------------------------------------------------- JSON files
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, without its nulls. OSError if it is missing, ValueError if it is broken."""
+def read_json(path: Path, optional: bool = False) -> dict:
+    """The object in a JSON file, without its nulls; an empty one for an optional file that is missing.
+
+    Raises OSError if another one is missing, ValueError if it is broken.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if optional:
+            return {}
         raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from None
+        raise ValueError(f"{path}: not JSON ({error}); mend it, or download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; download it again")
+        raise ValueError(f"{path}: not a JSON object; is it another file?")
     return without_nulls(content)
 
 
@@ -93,18 +109,33 @@ def fits(value: object, kind: type) -> bool:
 
 
 def checked(path: Path, content: dict, name: str, kind: type, default: object = None) -> Any:
-    """content[name], or the default if it is missing. `path` is for the message.
+    """content[name], a list as a tuple, or the default if it is missing. `path` is for the message.
 
     Raises ValueError if the value is not of the kind (see `fits`), or missing without a default.
     """
     value = content.get(name, default)
     if not fits(value, kind):
-        what = f"no {name}" if value is None else f"{name} cannot be {value!r}"
-        raise ValueError(f"{path}: {what}; download it again")
-    return value
+        what = f"no {name} in it" if value is None else f"{name} cannot be {value!r:.60}"
+        raise ValueError(f"{path}: {what}; it must be {KINDS[kind]}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> None:
+    """ValueError for a setting with another value than those that are computed. `path` is for the message."""
+    for name, values in computed.items():
+        if name in settings and settings[name] not in values:
+            raise ValueError(f"{path}: {name} {settings[name]!r:.60} is not supported; use a published "
+                             "bfloat16 model, or take it out of the file")
 
 
 # ---------------------------------------------------------------------------- config.json
+
+# What is computed here of settings for which Hugging Face computes something else, too.
+COMPUTED = dict(
+    model_type=("qwen2_5_vl",), quantization_config=({},), use_sliding_window=(False,), hidden_act=("silu",),
+    rope_type=("default", "mrope"),
+)
+
 
 def load_config(path: str | Path) -> Config:
     """The config of a checkpoint, a directory or hub id, in any dialect.
@@ -114,26 +145,34 @@ def load_config(path: str | Path) -> Config:
     """
     path = checkpoint(path) / "config.json"
     text, vision = one_dialect(path, read_json(path))
-    refuse_unsupported(path, text, vision)
+    refuse_others(path, text, COMPUTED)
+    refuse_others(path, vision, dict(hidden_act=("silu",)))
 
-    tower = build(path, VisionConfig, SHARED_VISION | vision)
+    # A tower without an output width, as transformers 4.49 wrote the 7B's, has the decoder's.
+    width = checked(path, text, "hidden_size", int)
+    tower = build(path, VisionConfig, SHARED_VISION | {"out_hidden_size": width} | vision)
     config = build(path, Config, SHARED | text | {"vision": tower})
+
+    # What can be checked only with the sizes known.
+    refuse_others(path, text, dict(layer_types=(["full_attention"] * config.num_hidden_layers,)))
     heads = config.num_attention_heads
     if heads * config.head_dim != config.hidden_size:
         raise ValueError(f"{path}: mrope_section {config.mrope_section} must add up to half of hidden_size / "
-                         f"num_attention_heads, {config.hidden_size} / {heads}; download it again")
+                         f"num_attention_heads, {config.hidden_size} / {heads}; is one of them changed?")
     return config
 
 
 def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
     """The decoder's and the tower's settings: flat and full, flat and sparse, or nested under text_config."""
+    # What stands at the top is right, also where a nested model_type or tie says otherwise.
     text = content | checked(path, content, "text_config", dict, {})
-    rope = checked(path, text, "rope_parameters", dict, {}) or checked(path, text, "rope_scaling", dict, {})
-    text |= rope                        # which holds mrope_section, and in nested files rope_theta
-    text["rope_type"] = rope.get("rope_type") or rope.get("type")
     text["model_type"] = content.get("model_type")
-    text["tie_word_embeddings"] = (
-        content.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False)
+    text["tie_word_embeddings"] = (text | content).get("tie_word_embeddings", False)
+
+    # The rotary's settings hold mrope_section, and in nested files rope_theta.
+    rope = checked(path, text, "rope_parameters", dict, {}) or checked(path, text, "rope_scaling", dict, {})
+    text |= rope
+    text["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
 
     vision = checked(path, content, "vision_config", dict, {})
     if "in_channels" in vision:         # so called in some nested files
@@ -141,41 +180,41 @@ def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
     return text, vision
 
 
-def refuse_unsupported(path: Path, text: dict, vision: dict) -> None:
-    quantized = checked(path, text, "quantization_config", dict, {})
-    for name, value, supported in (
-        ("model_type", text["model_type"], ("qwen2_5_vl",)),
-        ("quant_method", quantized.get("quant_method"), (None,)),
-        ("use_sliding_window", text.get("use_sliding_window"), (None, False)),
-        ("rope_type", text["rope_type"], (None, "default", "mrope")),
-        ("hidden_act", text.get("hidden_act"), (None, "silu")),
-        ("vision hidden_act", vision.get("hidden_act"), (None, "silu")),
-    ):
-        if value not in supported:
-            raise ValueError(f"{path}: {name} {value!r} is not supported; use a published bfloat16 model")
-
-
 def build(path: Path, cls: type, values: dict) -> Any:
     """A Config or VisionConfig of the values of its fields, each checked."""
-    checked_values = {}
-    for field in fields(cls):
-        value = checked(path, values, field.name, field.type)
-        checked_values[field.name] = tuple(value) if isinstance(value, list) else value
+    checked_values = {field.name: checked(path, values, field.name, field.type) for field in fields(cls)}
     try:
         return cls(**checked_values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; download it again") from None
+        raise ValueError(f"{path}: {error}; compare it with a published config.json") from None
 
 
 # ---------------------------------------------------------------------------- generation_config.json
 
+# Settings that change an answer and are not done here, with the values that change nothing.
+WITHOUT_EFFECT = dict(
+    num_beams=(1,), num_beam_groups=(1,), num_return_sequences=(1,), penalty_alpha=(), dola_layers=(),
+    constraints=(), force_words_ids=(), bad_words_ids=(), suppress_tokens=(), begin_suppress_tokens=(),
+    sequence_bias=(), forced_bos_token_id=(), forced_eos_token_id=(), exponential_decay_length_penalty=(),
+    no_repeat_ngram_size=(0,), encoder_no_repeat_ngram_size=(0,), encoder_repetition_penalty=(1,),
+    min_length=(0,), min_new_tokens=(0,), max_time=(), stop_strings=(), guidance_scale=(1,), top_h=(),
+    min_p=(0,), typical_p=(1,), epsilon_cutoff=(0,), eta_cutoff=(0,), token_healing=(False,),
+    watermarking_config=(),
+)
+
+
 def load_generation_config(path: str | Path) -> dict:
-    """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint."""
+    """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint.
+
+    Not among them is how long an answer may get. Raises ValueError for settings that are not done here, as
+    beams, or settings of the wrong kind.
+    """
     path = checkpoint(path) / "generation_config.json"
     if not path.exists():
         path = path.with_name("config.json")        # Hugging Face then takes the end token from there
     saved = read_json(path)
     saved |= checked(path, saved, "text_config", dict, {})
+    refuse_others(path, saved, WITHOUT_EFFECT)
 
     kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
     settings = dict(
@@ -184,7 +223,9 @@ def load_generation_config(path: str | Path) -> dict:
         pad_token_id=checked(path, saved, "pad_token_id", int, 0),
         repetition_penalty=checked(path, saved, "repetition_penalty", float, 1.0),
     )
-    if saved.get("do_sample"):      # with Hugging Face's defaults for what the file leaves out
+
+    # With Hugging Face's defaults for what the file leaves out.
+    if checked(path, saved, "do_sample", bool, False):
         settings["temperature"] = checked(path, saved, "temperature", float, 1.0)
         settings["top_k"] = checked(path, saved, "top_k", int, 50)
         settings["top_p"] = checked(path, saved, "top_p", float, 1.0)
@@ -193,70 +234,123 @@ def load_generation_config(path: str | Path) -> dict:
 
 # ---------------------------------------------------------------------------- the processor
 
+# What is computed here of a preprocessor's and a tokenizer's settings.
+PICTURES = dict(
+    do_convert_rgb=(True,), do_resize=(True,), resample=(3,), do_rescale=(True,), rescale_factor=(1 / 255,))
+VIDEOS = PICTURES | dict(
+    do_sample_frames=(False,), num_frames=(), fps=(processing.VIDEO_FPS,), cap_pixels_per_frame=(False,),
+    min_frames=(processing.VIDEO_MIN_FRAMES,), max_frames=(processing.VIDEO_MAX_FRAMES,))
+TOKENIZER = dict(add_prefix_space=(False,), split_special_tokens=(False,))
+
+
 def load_processor(
     path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Processor:
     """The processor of a checkpoint, a directory or hub id; limits of a picture override its own.
 
     Patch and merge sizes come from config.json. Raises OSError or ValueError if a file is missing or broken,
-    ValueError if a preprocessor file cuts other patches, and for limits that make no sense.
+    ValueError for settings that are not done here and limits that make no sense. Warns of a chat template
+    that is not the published one.
     """
     path = checkpoint(path)
-    tower = load_config(path).vision
+    config = load_config(path)
+    tower = config.vision
+    tokenizer = load_tokenizer(path / "tokenizer.json", config)
+    check_tokenizer_config(path)
+    image_file, image = preprocessor(path, "image_processor", "preprocessor_config.json")
+    video_file, video = preprocessor(path, "video_processor", "video_preprocessor_config.json")
 
-    # Pictures and videos have files of their own, or, from transformers 5 on, one for both.
-    both = path / "processor_config.json"
-    separate = path / "video_preprocessor_config.json"
-    nested = read_json(both) if both.exists() else {}
-    image = checked(both, nested, "image_processor", dict, {}) or read_json(path / "preprocessor_config.json")
-    video = read_json(separate) if separate.exists() else checked(both, nested, "video_processor", dict, {})
-    for name, size in (
-        ("patch_size", tower.patch_size),
-        ("temporal_patch_size", tower.temporal_patch_size),
-        ("merge_size", tower.spatial_merge_size),
-    ):
-        if image.get(name, size) != size:
-            raise ValueError(f"{path}: its preprocessor says {name} {image[name]!r}, its config.json {size}; "
-                             "get both again")
+    # A video is cut and normalized like a picture.
+    mean = checked(image_file, image, "image_mean", tuple[float, ...], processing.IMAGE_MEAN)
+    std = checked(image_file, image, "image_std", tuple[float, ...], processing.IMAGE_STD)
+    normalize = checked(image_file, image, "do_normalize", bool, True)
+    same = dict(patch_size=(tower.patch_size,), temporal_patch_size=(tower.temporal_patch_size,),
+                merge_size=(tower.spatial_merge_size,), image_mean=(list(mean),), image_std=(list(std),),
+                do_normalize=(normalize,))
+    refuse_others(image_file, image, PICTURES | same)
+    refuse_others(video_file, video, VIDEOS | same)
 
-    # Limits come in two forms: by name, or as edges of a size.
-    size = checked(path, image, "size", dict, {})
-    video_size = checked(path, video, "size", dict, {})
-    if min_pixels is None:
-        default = size.get("shortest_edge", processing.MIN_PIXELS)
-        min_pixels = checked(path, image, "min_pixels", int, default)
-    if max_pixels is None:
-        default = size.get("longest_edge", processing.MAX_PIXELS)
-        max_pixels = checked(path, image, "max_pixels", int, default)
-    if not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"max_pixels {max_pixels}: must be above 0 and at least min_pixels, {min_pixels}")
+    # The limits of a picture may be overridden.
+    low, high = limits(image_file, image, processing.MIN_PIXELS, processing.MAX_PIXELS)
+    low = low if min_pixels is None else min_pixels
+    high = high if max_pixels is None else max_pixels
+    if not 0 < low <= high:
+        raise ValueError(f"max_pixels {high}: must be above 0 and at least min_pixels, {low}")
+    video_low, video_high = limits(video_file, video, processing.VIDEO_MIN_PIXELS, 0)
 
     return Processor(
-        load_tokenizer(path / "tokenizer.json"),
+        tokenizer,
         patch_size=tower.patch_size,
         temporal_patch_size=tower.temporal_patch_size,
         merge_size=tower.spatial_merge_size,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        video_min_pixels=checked(path, video_size, "shortest_edge", int, processing.VIDEO_MIN_PIXELS),
-        video_max_pixels=checked(path, video_size, "longest_edge", int, 0),
-        image_mean=checked(path, image, "image_mean", tuple[float, ...], processing.IMAGE_MEAN),
-        image_std=checked(path, image, "image_std", tuple[float, ...], processing.IMAGE_STD),
+        min_pixels=low,
+        max_pixels=high,
+        video_min_pixels=video_low,
+        video_max_pixels=video_high,
+        image_mean=mean if normalize else (0.0, 0.0, 0.0),      # pixels stay from 0 to 1
+        image_std=std if normalize else (1.0, 1.0, 1.0),
     )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:      # the library raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer ({error}); download it again") from None
+def preprocessor(path: Path, block: str, name: str) -> tuple[Path, dict]:
+    """The settings of pictures or videos, and the file they stand in: from transformers 5 on one for both.
 
+    Only those of pictures must be there.
+    """
+    both = path / "processor_config.json"
+    settings = checked(both, read_json(both, optional=True), block, dict, {})
+    if settings:
+        return both, settings
+    return path / name, read_json(path / name, optional=block == "video_processor")
+
+
+def limits(path: Path, settings: dict, low: int, high: int) -> tuple[int, int]:
+    """min_pixels and max_pixels. They come in two forms, by name or as edges of a size; names come first."""
+    size = checked(path, settings, "size", dict, {"shortest_edge": low, "longest_edge": high})
+    both = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | settings
+    return checked(path, both, "min_pixels", int), checked(path, both, "max_pixels", int)
+
+
+def load_tokenizer(file: Path, config: Config) -> Tokenizer:
+    """The tokenizer in a file; ValueError if its placeholders are not the config's."""
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:      # the library raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error}); download it again, or save it with "
+                         "transformers' fast class") from None
+
+    # Whole texts, whatever lengths a training run has left in the file.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
+
+    token_id = tokenizer.token_to_id
     for token in (processing.ENDOFTEXT, processing.IM_START, processing.IM_END, processing.VISION_START,
                   processing.VISION_END, processing.IMAGE_PAD, processing.VIDEO_PAD):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{path}: no {token} in it; is it Qwen2.5-VL's?")
+        if token_id(token) is None:
+            raise ValueError(f"{file}: no {token} in it; is it Qwen2.5-VL's?")
+    pads = [token_id(processing.IMAGE_PAD), token_id(processing.VIDEO_PAD)]
+    if pads != [config.image_token_id, config.video_token_id]:
+        raise ValueError(f"{file}: placeholders {pads} are not config.json's; take both from one checkpoint")
     return tokenizer
+
+
+def check_tokenizer_config(path: Path) -> None:
+    """Refuse settings of the tokenizer that are not done here, and warn of a chat template
+    that is not the published one, which is what processing.py fills in.
+    """
+    settings = read_json(path / "tokenizer_config.json", optional=True)
+    refuse_others(path / "tokenizer_config.json", settings, TOKENIZER)
+
+    # In Hugging Face's order: of three places the last one wins.
+    template = settings.get("chat_template")
+    if (path / "chat_template.jinja").exists():
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_json(path / "chat_template.json", optional=True).get("chat_template", template)
+
+    if template is not None and zlib.crc32(str(template).strip().encode()) != PUBLISHED_TEMPLATE:
+        warnings.warn(f"{path}: its chat template is not the published one, which is used all the same; "
+                      "where it says something else, answers differ", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------- the weights
@@ -273,7 +367,7 @@ def weight_files(path: Path) -> list[Path]:
         names = sorted(set(map(str, weight_map.values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise ValueError(f"{index}: {outside[0]} is not a file beside it; download it again")
+            raise ValueError(f"{index}: {outside[0]} is not a file beside it; give bare names")
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
@@ -336,11 +430,20 @@ def load_model(
     with torch.device("meta"):
         model = Qwen2_5_VL(config, ATTENTIONS[attention])
     weights = read_weights(path, str(device))
+
+    # A tied head may be stored as well, or alone, as safetensors' save_model does.
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if tied_head is not None:
+        weights.setdefault("model.embed_tokens.weight", tied_head)
+
+    # Every tensor has its place, and every place its tensor.
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:       # torch names what is missing, unexpected or of another shape
-        reason = " ".join(str(error).split()).partition(": ")[2][:300]
+        reason = " ".join(str(error).split()).partition(": ")[2][:200]
+        unknown = sorted(weights.keys() - model.state_dict().keys())
+        if unknown:                     # may have a wrapper's prefix
+            reason = f"its {unknown[0]} is no name of this model's; {reason}"
         raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
     del weights                 # or memory would hold all of them twice while they are converted
 
