@@ -17,8 +17,9 @@ Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and f
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # 90 % of a context of 128,000 t
 VIDEO_FPS = 2.0
 VIDEO_MIN_FRAMES = 4
 VIDEO_MAX_FRAMES = 768
+NOT_DECODED = "mp4 m4v mov mkv webm avi mpg mpeg wmv flv ts m2ts 3gp ogv".split()
 
 # Control tokens of the chat template.
 ENDOFTEXT = "<|endoftext|>"
@@ -53,6 +55,10 @@ VIDEO_PAD = "<|video_pad|>"
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
+
+# What an item of a message may hold: where its picture or frames are, and how they are read.
+SOURCES = dict(text=("text",), image=("image", "image_url", "path", "url"), video=("video", "path", "url"))
+OPTIONS = dict(text=(), image=("min_pixels", "max_pixels"), video=("fps", "min_pixels", "max_pixels"))
 FORM = ('write [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
         '{"type": "text", "text": "What is this?"}]}]')
 
@@ -73,8 +79,6 @@ def smart_resize(
     """
     if not 0 < max(height, width) <= MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"a picture of {width}x{height} pixels is longer than {MAX_ASPECT_RATIO}:1; crop it")
-    if min(factor, max_pixels) <= 0:
-        raise ValueError(f"factor {factor}, max_pixels {max_pixels}: must be above 0")
 
     h = round(height / factor) * factor
     w = round(width / factor) * factor
@@ -166,8 +170,17 @@ def check_messages(messages: object) -> None:
             raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
 
 
-def item_parts(item: dict) -> list[Part]:
+def item_parts(item: object) -> list[Part]:
+    """The parts of an item of a content list; ValueError for what it asks for and is not done."""
     kind = item_kind(item)
+    if sum(item.get(name) is not None for name in SOURCES[kind]) != 1:
+        raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; other items have "
+                         "none of them, not even as None")
+    known = ("type", *SOURCES[kind], *OPTIONS[kind])
+    for name, value in item.items():
+        if name not in known and value not in (None, ""):       # columns of a table may be empty
+            raise ValueError(f"{kind} item: {name!r:.60} is not supported, only {', '.join(known)}")
+
     if kind == "text":
         if re.search(r"[\ud800-\udfff]", item["text"]):
             raise ValueError("the text holds half of a surrogate pair; is it UTF-8?")
@@ -177,11 +190,11 @@ def item_parts(item: dict) -> list[Part]:
 
 
 def item_kind(item: object) -> str:
-    """What an item of a content list is, by its keys and not by its type. HF: the published template."""
+    """What an item of a content list is, as the published template tells it: by its type, or by its keys."""
     if isinstance(item, dict):
-        if "image" in item or "image_url" in item:
+        if item.get("type") == "image" or "image" in item or "image_url" in item:
             return "image"
-        if "video" in item:
+        if item.get("type") == "video" or "video" in item:
             return "video"
         if isinstance(item.get("text"), str):
             return "text"
@@ -193,7 +206,7 @@ def item_kind(item: object) -> str:
 class Medium(NamedTuple):
     """A picture or video, cut into patches."""
     kind: str                   # "image" or "video"
-    patches: np.ndarray         # (N, 1176) float32
+    patches: np.ndarray         # (N, 1176) uint8
     grid: Grid
     interval: float             # seconds from one temporal patch to the next, 0 for a picture
 
@@ -247,11 +260,11 @@ class Processor:
         # Pictures and videos, each in the order of the whole batch.
         pictures = [medium for medium in media if medium.kind == "image"]
         if pictures:
-            inputs["pixel_values"] = torch.from_numpy(np.concatenate([m.patches for m in pictures]))
+            inputs["pixel_values"] = self.normalize(pictures)
             inputs["image_grid_thw"] = torch.tensor([m.grid for m in pictures])
         videos = [medium for medium in media if medium.kind == "video"]
         if videos:
-            inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([m.patches for m in videos]))
+            inputs["pixel_values_videos"] = self.normalize(videos)
             inputs["video_grid_thw"] = torch.tensor([m.grid for m in videos])
             inputs["second_per_grid_ts"] = torch.tensor([m.interval for m in videos])
         return inputs
@@ -274,41 +287,73 @@ class Processor:
 
     def load(self, kind: str, item: dict) -> Medium:
         """Open the picture or video of a message's item, and cut it into patches."""
+        source = next(item[name] for name in SOURCES[kind] if item.get(name) is not None)
+        low = number(item, "min_pixels")
+        high = number(item, "max_pixels")
         if kind == "image":
-            frames = [open_image(item.get("image", item.get("image_url")))]
-            low = item.get("min_pixels") or self.min_pixels
-            high = item.get("max_pixels") or self.max_pixels
-            return Medium(kind, *self.cut(frames, low, high), interval=0.0)
+            patches, grid = self.cut([open_image(source)], low or self.min_pixels, high or self.max_pixels)
+            return Medium(kind, patches, grid, interval=0.0)
 
-        frames, seconds = open_video(item)
-        low = item.get("min_pixels") or self.video_min_pixels
-        high = item.get("max_pixels") or self.video_max_pixels
+        frames, count, seconds = open_video(source, number(item, "fps"))
+        low = low or self.video_min_pixels
+        high = high or self.video_max_pixels
         if not high:        # a share of the total; temporal_patch_size frames become tokens together
-            share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / len(frames)
+            share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
         low = min(low, high)        # a video's own max_pixels may be below the checkpoint's least
         return Medium(kind, *self.cut(frames, low, high), interval=seconds * self.temporal_patch_size)
 
-    def cut(self, frames: list[Image.Image], min_pixels: float, max_pixels: float) -> tuple[np.ndarray, Grid]:
-        """Frames resized, all to one size, normalized in float32 and patchified."""
-        width, height = frames[0].size
-        factor = self.patch_size * self.merge_size
-        height, width = smart_resize(height, width, factor, min_pixels, max_pixels)
-        resized = [np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
+    def cut(self, frames: Iterable[Image.Image], low: float, high: float) -> tuple[np.ndarray, Grid]:
+        """Frames of one size, each resized as soon as it is opened, and patchified."""
+        size = None
+        resized = []
+        for frame in frames:
+            size = size or frame.size
+            if frame.size != size:
+                raise ValueError(f"frames of {size} and {frame.size} pixels in a video; give them one size")
+            height, width = smart_resize(
+                frame.height, frame.width, self.patch_size * self.merge_size, low, high)
+            resized.append(np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)))
+        return patchify(np.stack(resized), self.patch_size, self.temporal_patch_size, self.merge_size)
 
-        x = np.stack(resized).astype(np.float32) / np.float32(255)
-        x = (x - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
-        return patchify(x, self.patch_size, self.temporal_patch_size, self.merge_size)
+    def normalize(self, media: list[Medium]) -> torch.Tensor:
+        """The patches of pictures or videos, (N, 1176) float32: from 0 to 1, minus mean, divided by std."""
+        x = np.concatenate([medium.patches for medium in media])
+        x = x.reshape(len(x), 3, -1).astype(np.float32)         # patches, channels, the rest
+        x /= np.float32(255)
+        x -= np.array(self.image_mean, np.float32)[:, None]
+        x /= np.array(self.image_std, np.float32)[:, None]
+        return torch.from_numpy(x).flatten(1)
 
 
 # ---------------------------------------------------------------------------- opening pictures and frames
 
+def number(item: dict, name: str) -> float | None:
+    """A number of an item; None if it is not given."""
+    value = item.get(name)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < math.inf):
+        raise ValueError(f"{name} {value!r:.60}: must be above 0, a number")
+    return value
+
+
+# What to do about a source that looks like a path and is none.
+NO_PATHS = {
+    r"(?i)file:": "give the path alone, without file://",
+    r"(?i)data:|[\w+/=\s]{200}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
+    r"(?i)[a-z][a-z\d+.-]+:/": "URLs are not fetched; download it first and give its path",
+}
+
+
 def local_path(source: object) -> Path:
-    source = source.get("url") if isinstance(source, dict) else source      # {"image_url": {"url": path}}
+    if isinstance(source, dict) and source.keys() == {"url"}:       # {"image_url": {"url": path}}
+        source = source["url"]
     if not isinstance(source, str | Path):
-        raise ValueError(f"a picture is a path or a PIL image, not {type(source).__name__}; {FORM}")
-    if re.match(r"(?i)[a-z]+:/|data:", str(source)):
-        raise ValueError(f"{str(source)[:60]}: URLs are not fetched; download it first and give its path")
+        raise ValueError(f"{type(source).__name__} is no path; open files, and bytes in io.BytesIO, with "
+                         "Image.open, arrays with Image.fromarray; a video is a folder, a file or a list")
+    for pattern, advice in NO_PATHS.items():
+        if re.match(pattern, str(source)):
+            raise ValueError(f"{str(source)[:60]}: {advice}")
     if not os.path.exists(source):      # to Path "" is the working directory, and too long a name an error
         raise OSError(f"{source}: no such file; check the path")
     return Path(source)
@@ -316,7 +361,7 @@ def local_path(source: object) -> Path:
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     """Each frame of a picture file and how many seconds it is shown; one frame for a still picture."""
-    if path.suffix.lower() in (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"):
+    if path.suffix.lower()[1:] in NOT_DECODED:
         raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
     try:
@@ -325,7 +370,8 @@ def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
     except Exception as error:      # decoders raise anything on a broken file
-        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or as PNG") from None
+        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or save it as PNG without "
+                         "its EXIF data") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -342,20 +388,19 @@ def rgb(image: Image.Image) -> Image.Image:
 def open_image(source: object) -> Image.Image:
     """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as it is."""
     if isinstance(source, Image.Image):
+        try:
+            source.load()
+        except Exception as error:
+            raise ValueError(f"an unreadable PIL image ({error}); load it before closing its file") from None
         return rgb(source)
     frame, _ = next(read_frames(local_path(source)))
     return rgb(frame)
 
 
-def open_video(item: dict) -> tuple[list[Image.Image], float]:
-    """The frames of a video item and the seconds from one to the next."""
-    source = item.get("video")
-    fps = item.get("fps")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps {fps}: must be above 0")
-
+def open_video(source: object, fps: float | None) -> tuple[Iterable[Image.Image], int, float]:
+    """The frames of a video, opened one by one; how many they are, and the seconds from one to the next."""
     # An animated file is sampled; a folder is a list of files.
-    if not isinstance(source, list):
+    if not isinstance(source, list | tuple):
         path = local_path(source)
         if not path.is_dir():
             return sample_frames(path, fps or VIDEO_FPS)
@@ -363,7 +408,7 @@ def open_video(item: dict) -> tuple[list[Image.Image], float]:
 
     if not source or fps is None:
         raise ValueError("a video needs frames and fps, the rate at which they were taken; give both")
-    return [open_image(frame) for frame in source], 1 / fps
+    return map(open_image, source), len(source), 1 / float(fps)
 
 
 def by_number(file: Path) -> list[int | str]:
@@ -371,15 +416,21 @@ def by_number(file: Path) -> list[int | str]:
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", file.name)]
 
 
-def sample_frames(path: Path, fps: float) -> tuple[list[Image.Image], float]:
-    """Frames of an animated file, evenly spaced at about fps, and the seconds from one to the next."""
-    frames, delays = zip(*read_frames(path))
-    duration = sum(delays)
+def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, float]:
+    """Frames of an animated file, evenly spaced at about fps; how many, and the seconds between them.
+
+    The file is read twice, so that never more than one frame is held in its full size.
+    """
+    # Of each frame but the still that a PNG may hold for programs that know no animations.
+    delays = {i: delay for i, (frame, delay) in enumerate(read_frames(path))
+              if i > 0 or not frame.info.get("default_image")}
+    duration = sum(delays.values())
     if duration == 0:
         raise ValueError(f"{path}: not an animation with frame times; give a folder of frames and fps")
 
     # An even number, because two frames share a patch.
-    count = min(max(duration * fps, VIDEO_MIN_FRAMES), VIDEO_MAX_FRAMES, len(frames))
+    count = min(max(duration * fps, VIDEO_MIN_FRAMES), VIDEO_MAX_FRAMES, len(delays))
     count = max(int(count) // 2 * 2, 2)
-    indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
-    return [rgb(frames[i]) for i in indices], duration / count
+    chosen = np.array(list(delays))[np.linspace(0, len(delays) - 1, count).round().astype(int)]
+    frames = (rgb(frame) for i, (frame, _) in enumerate(read_frames(path)) if i in chosen)
+    return frames, count, duration / count
