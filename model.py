@@ -232,21 +232,29 @@ class Qwen2_5_VL(nn.Module):
         """
         input_ids = input_ids.to(self.device)
         x = self.model.embed_tokens(input_ids)
-        if pixel_values is not None:
+
+        # Placeholders without a picture would be answered all the same. A single token is an answer's: to
+        # look at it would keep the decoding waiting for the device.
+        is_prompt = input_ids.shape[1] > 1
+        if pixel_values is not None or is_prompt:
             x = self.splice(x, input_ids == self.config.image_token_id, pixel_values, image_grid_thw)
-        if pixel_values_videos is not None:
+        if pixel_values_videos is not None or is_prompt:
             x = self.splice(x, input_ids == self.config.video_token_id, pixel_values_videos, video_grid_thw)
         return x
 
-    def splice(self, x: Tensor, placeholders: Tensor, pixels: Tensor, grid_thw: Tensor) -> Tensor:
+    def splice(
+        self, x: Tensor, placeholders: Tensor, pixels: Tensor | None, grid_thw: Tensor | None
+    ) -> Tensor:
         """x (B, T, C) with the vision tokens of pictures or videos where placeholders (B, T) is true.
 
         The whole batch is filled row by row, so items lie in order of appearance.
         """
-        tokens = self.visual(pixels.to(x.device), grid_thw).to(x.dtype)         # (N / 4, C)
+        tokens = x[0, :0]
+        if pixels is not None:
+            tokens = self.visual(pixels.to(x.device), grid_thw).to(x.dtype)     # (N / 4, C)
         if placeholders.sum() != len(tokens):
             raise ValueError(f"the prompt has {placeholders.sum()} placeholders for pictures or for videos, "
-                             f"which take {len(tokens)}")
+                             f"which take {len(tokens)}; give all that the processor made of it")
         return x.masked_scatter(placeholders[:, :, None], tokens)
 
     def logits(

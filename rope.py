@@ -107,7 +107,7 @@ def row_positions(
                 raise ValueError("the prompt has more placeholders than there are pictures or videos")
             block = item_positions(start, waiting[token].pop(0), merge_size, tokens_per_second)
             if ids[i:i + len(block)] != [token] * len(block):
-                raise ValueError(f"an item of {len(block)} merge groups takes as many placeholders")
+                raise ValueError(f"an item of {len(block)} merge groups needs as many placeholders, unmasked")
         else:
             block = [[start] * 3]       # text: all three axes move together
 
@@ -172,7 +172,8 @@ def mrope_positions(
         next_position.append(following)
 
     if any(waiting.values()):
-        raise ValueError("there are more pictures or videos than the prompt has placeholders for")
+        raise ValueError("there are more pictures or videos than the prompt has placeholders for; "
+                         "attention_mask marks pads and cannot hide a picture: leave it out of the prompt")
     return position_ids.to(input_ids.device), torch.tensor(next_position, device=input_ids.device)
 
 

@@ -141,7 +141,11 @@ def generate(
     Raises ValueError for meaningless settings, and if prompt and answer exceed the context.
     """
     T = inputs["input_ids"].shape[1]
+    mask = inputs.get("attention_mask", torch.ones(1, 1))
     limit = model.config.max_position_embeddings
+    if (mask[:, 1:] < mask[:, :-1]).any() or not mask[:, -1].all():
+        raise ValueError("attention_mask: pads must come first in a row and nowhere else, or the answer does "
+                         "not follow its prompt; pad on the left (padding_side='left')")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     if T + max_new_tokens > limit:
