@@ -103,6 +103,7 @@ def question(prompt: str | None) -> str:
         return DEMO_PROMPT
     if prompt == "-":
         prompt = sys.stdin.read() if sys.stdin else ""      # None if it is closed
+        prompt = re.sub(r"\r?\n\Z", "", prompt)             # of which echo adds one
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something")
     return prompt
