@@ -115,6 +115,10 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def note_warning(message: Warning, *where: object) -> None:
+    note(f"warning: {message}")
+
+
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Says on stderr what is being done, once it has taken two seconds."""
@@ -225,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would fall back on stdout
     warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
+    warnings.showwarning = note_warning
     try:
         run(parse(argv))
         return 0

@@ -307,6 +307,7 @@ def preprocessor(path: Path, block: str, name: str) -> tuple[Path, dict]:
 def limits(path: Path, settings: dict, low: int, high: int) -> tuple[int, int]:
     """min_pixels and max_pixels. They come in two forms, by name or as edges of a size; names come first."""
     size = checked(path, settings, "size", dict, {"shortest_edge": low, "longest_edge": high})
+    refuse_others(path, size, dict(height=(), width=()))
     both = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | settings
     return checked(path, both, "min_pixels", int), checked(path, both, "max_pixels", int)
 

@@ -340,7 +340,7 @@ def number(item: dict, name: str) -> float | None:
 # What to do about a source that looks like a path and is none.
 NO_PATHS = {
     r"(?i)file:": "give the path alone, without file://",
-    r"(?i)data:|[\w+/=\s]{200}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
+    r"(?i)data:|[\w+/=\s-]{400}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
     r"(?i)[a-z][a-z\d+.-]+:/": "URLs are not fetched; download it first and give its path",
 }
 
@@ -351,12 +351,13 @@ def local_path(source: object) -> Path:
     if not isinstance(source, str | Path):
         raise ValueError(f"{type(source).__name__} is no path; open files, and bytes in io.BytesIO, with "
                          "Image.open, arrays with Image.fromarray; a video is a folder, a file or a list")
+    if os.path.exists(source):          # to Path "" is the working directory, and too long a name an error
+        return Path(source)
+
     for pattern, advice in NO_PATHS.items():
         if re.match(pattern, str(source)):
             raise ValueError(f"{str(source)[:60]}: {advice}")
-    if not os.path.exists(source):      # to Path "" is the working directory, and too long a name an error
-        raise OSError(f"{source}: no such file; check the path")
-    return Path(source)
+    raise OSError(f"{source}: no such file; check the path")
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:

@@ -1,0 +1,70 @@
+"""Save configs and processors of the published models with releases of transformers, as test data.
+
+    for version in 4.49.0 4.50.0 4.52.4 4.53.3 4.54.1 4.56.2 4.57.6 5.0.0 5.23.0; do
+        pip install --no-deps --target releases/$version transformers==$version
+    done
+    python tests/data/save.py releases
+
+A release may need others of its time beside it, as huggingface_hub below 1, in its directory. Writes one JSON
+file for each: config.json of a 3B, a 7B and an untied 3B, and what a processor saves.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TINY = HERE.parent.parent / "tiny"
+
+
+def save(directory: Path) -> dict:
+    """What the release of transformers on the path writes, from the config.json files in a directory."""
+    # Configs and processors run beside any version of the other packages.
+    for name in ("transformers.dependency_versions_check", "torchvision._meta_registrations"):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].dep_version_check = lambda *args: None
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+
+    saved = {}
+    for size in ("3B", "7B", "untied 3B"):
+        config = Qwen2_5_VLConfig.from_pretrained(directory / size.split()[-1])
+        if "untied" in size:
+            config.tie_word_embeddings = False
+        config.save_pretrained(directory / "out")
+        saved[size] = json.loads((directory / "out" / "config.json").read_text())
+
+    # Without the tokenizer's files, but with its template.
+    Qwen2_5_VLProcessor.from_pretrained(TINY).save_pretrained(directory / "processor")
+    saved["processor"] = {}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+                 "chat_template.json", "chat_template.jinja"):
+        file = directory / "processor" / name
+        if file.exists():
+            saved["processor"][name] = file.read_text()
+    return saved
+
+
+def main(releases: Path) -> None:
+    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE.parent.parent / "tools")]
+    from conftest import flat, write
+
+    for release in sorted(releases.iterdir()):
+        with tempfile.TemporaryDirectory() as temporary:
+            for size in ("3B", "7B"):
+                (Path(temporary) / size).mkdir()
+                write(Path(temporary) / size, flat(size))
+            content = subprocess.run(
+                [sys.executable, __file__, "--here", temporary], env=os.environ | dict(PYTHONPATH=str(release)),
+                check=True, stdout=subprocess.PIPE).stdout
+        (HERE / f"{release.name}.json").write_bytes(content)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--here":
+        print(json.dumps(save(Path(sys.argv[2]))))
+    else:
+        main(Path(sys.argv[1]))
