@@ -57,9 +57,10 @@ def main(releases: Path) -> None:
             for size in ("3B", "7B"):
                 (Path(temporary) / size).mkdir()
                 write(Path(temporary) / size, flat(size))
+            environment = os.environ | dict(PYTHONPATH=str(release))
             content = subprocess.run(
-                [sys.executable, __file__, "--here", temporary], env=os.environ | dict(PYTHONPATH=str(release)),
-                check=True, stdout=subprocess.PIPE).stdout
+                [sys.executable, __file__, "--here", temporary], env=environment, check=True,
+                stdout=subprocess.PIPE).stdout
         (HERE / f"{release.name}.json").write_bytes(content)
 
 
