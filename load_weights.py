@@ -133,8 +133,8 @@ def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> Non
 # What is computed here of settings for which Hugging Face computes something else, too.
 COMPUTED = dict(
     model_type=("qwen2_5_vl",), quantization_config=({},), use_sliding_window=(False,), hidden_act=("silu",),
-    rope_type=("default", "mrope"),
-)
+    rope_type=("default", "mrope"))
+COMPUTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), rope_theta=(10000.0,))
 
 
 def load_config(path: str | Path) -> Config:
@@ -146,7 +146,7 @@ def load_config(path: str | Path) -> Config:
     path = checkpoint(path) / "config.json"
     text, vision = one_dialect(path, read_json(path))
     refuse_others(path, text, COMPUTED)
-    refuse_others(path, vision, dict(hidden_act=("silu",)))
+    refuse_others(path, vision, COMPUTED_VISION)
 
     # A tower without an output width, as transformers 4.49 wrote the 7B's, has the decoder's.
     width = checked(path, text, "hidden_size", int)
@@ -175,6 +175,7 @@ def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
     text["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
 
     vision = checked(path, content, "vision_config", dict, {})
+    vision |= checked(path, vision, "rope_parameters", dict, {})
     if "in_channels" in vision:         # so called in some nested files
         vision = {"in_chans": vision["in_channels"]} | vision
     return text, vision
@@ -199,8 +200,7 @@ WITHOUT_EFFECT = dict(
     no_repeat_ngram_size=(0,), encoder_no_repeat_ngram_size=(0,), encoder_repetition_penalty=(1,),
     min_length=(0,), min_new_tokens=(0,), max_time=(), stop_strings=(), guidance_scale=(1,), top_h=(),
     min_p=(0,), typical_p=(1,), epsilon_cutoff=(0,), eta_cutoff=(0,), token_healing=(False,),
-    watermarking_config=(),
-)
+    watermarking_config=())
 
 
 def load_generation_config(path: str | Path) -> dict:
@@ -283,10 +283,8 @@ def load_processor(
         patch_size=tower.patch_size,
         temporal_patch_size=tower.temporal_patch_size,
         merge_size=tower.spatial_merge_size,
-        min_pixels=low,
-        max_pixels=high,
-        video_min_pixels=video_low,
-        video_max_pixels=video_high,
+        min_pixels=low, max_pixels=high,
+        video_min_pixels=video_low, video_max_pixels=video_high,
         image_mean=mean if normalize else (0.0, 0.0, 0.0),      # pixels stay from 0 to 1
         image_std=std if normalize else (1.0, 1.0, 1.0),
     )
@@ -441,7 +439,7 @@ def load_model(
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:       # torch names what is missing, unexpected or of another shape
-        reason = " ".join(str(error).split()).partition(": ")[2][:200]
+        reason = " ".join(str(error).split()).partition(": ")[2][:300]
         unknown = sorted(weights.keys() - model.state_dict().keys())
         if unknown:                     # may have a wrapper's prefix
             reason = f"its {unknown[0]} is no name of this model's; {reason}"
