@@ -132,8 +132,9 @@ def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> Non
 
 # What is computed here of settings for which Hugging Face computes something else, too.
 COMPUTED = dict(
-    model_type=("qwen2_5_vl",), quantization_config=({},), use_sliding_window=(False,), hidden_act=("silu",),
+    model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
+COMPUTED_QUANTIZATION = dict(quant_method=())
 COMPUTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), rope_theta=(10000.0,))
 
 
@@ -146,6 +147,7 @@ def load_config(path: str | Path) -> Config:
     path = checkpoint(path) / "config.json"
     text, vision = one_dialect(path, read_json(path))
     refuse_others(path, text, COMPUTED)
+    refuse_others(path, checked(path, text, "quantization_config", dict, {}), COMPUTED_QUANTIZATION)
     refuse_others(path, vision, COMPUTED_VISION)
 
     # A tower without an output width, as transformers 4.49 wrote the 7B's, has the decoder's.
