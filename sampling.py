@@ -106,7 +106,7 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
     device = cache.k.device
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=capture_stream(device)):
+        with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
             logits = step()     # runs nothing on the card: notes kernels, and where they read and write
     cache.length -= 1           # but Python did run, and moved the host's own count
 

