@@ -131,6 +131,17 @@ def progress(what: str) -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Turns running out of memory into a mistake of the user's, with what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):      # CUDA's, the CPU's
+            raise
+        raise ValueError(f"out of memory; {remedy}") from None
+
+
 def line_before(model: Qwen2_5_VL, inputs: dict[str, Tensor], max_new_tokens: int) -> str:
     """The line before an answer: sizes of pictures and videos in pixels, tokens, bytes."""
     patch = model.config.vision.patch_size
@@ -193,7 +204,8 @@ def run(args: argparse.Namespace) -> None:
         load_config(path)       # first, so that another model is refused as such, not for its tokenizer
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
-        model = load_model(path, args.device, args.dtype, args.attention)
+        with enough_memory("use --dtype bfloat16, a smaller checkpoint or a larger card"):
+            model = load_model(path, args.device, args.dtype, args.attention)
 
     # How to answer: what the checkpoint says, unless a flag says otherwise.
     settings = load_generation_config(path)
@@ -231,14 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
     warnings.showwarning = note_warning
     try:
-        run(parse(argv))
+        with enough_memory("use a smaller --max-pixels or --dtype bfloat16"):
+            run(parse(argv))
         return 0
-
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):      # CUDA's, the CPU's
-            raise
-        note("error: out of memory; use a smaller --max-pixels or --dtype bfloat16")
-        return 2
 
     except BrokenPipeError:     # the reader has seen enough, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -390,6 +390,32 @@ def test_the_program_answers_on_a_card(card, monkeypatch, capsys):
     assert [graph.replays for graph in card.graphs] == [4]
 
 
+# ---------------------------------------------------------------------------- what can't be done
+
+def test_a_graph_on_the_cpu_is_refused(pairs):
+    """Bug: torch's own AssertionError, after the prompt has been read."""
+    with pytest.raises(ValueError, match="the model is on cpu, and only CUDA has graphs"):
+        generate(pairs("sdpa").ours, prompts([[9]]), graph=True)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130 MiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 136314880 bytes."),
+], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("where, remedy", [
+    ("load_model", "use --dtype bfloat16, a smaller checkpoint or a larger card"),
+    ("generate", "use a smaller --max-pixels or --dtype bfloat16"),
+])
+def test_out_of_memory_says_what_helps(where, remedy, error, monkeypatch, capsys):
+    """Bug: weights that are too large for the card get advice about pictures."""
+    def full(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(program, where, full)
+    assert program.main([]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: out of memory; {remedy}"
+
+
 # ---------------------------------------------------------------------------- kernels
 
 def test_a_step_of_the_7b_launches_no_more_kernels(tmp_path, monkeypatch):
