@@ -98,17 +98,20 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
-    """`step` as a CUDA graph: the same kernels at the same addresses, launched all at once.
+    """`step` as a CUDA graph: its kernels in a list, with their addresses, launched all at once.
 
-    A token of the 7B takes some 700 kernels, and Python needs longer to launch them one by one than the card
-    to run them. The step must have run before: what libraries do at their first call, a capture forbids.
+    A token of the 7B takes some 800 kernels, and most are done before Python has launched the next one. The
+    graph changes nothing else: the same kernels run in the same order, and none are fused. So a step must
+    find all it reads at the same addresses each time, look at no value, and leave nothing that changes to
+    Python, which a replay does not ask. The step must have run before: what libraries do at their first call,
+    a capture forbids.
     """
     device = cache.k.device
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
-            logits = step()     # runs nothing on the card: notes kernels, and where they read and write
-    cache.length -= 1           # but Python did run, and moved the host's own count
+            logits = step()     # capturing is not running: kernels are noted, and the card does nothing
+    cache.length -= 1           # but Python did run, and moved the host's own count on
 
     def replay() -> Tensor:
         graph.replay()          # writes `logits`, and advances cache.end and the position
@@ -195,7 +198,8 @@ def token_loop(
         row[ids[real]] = True
     seen = seen.to(device)
 
-    # What every step reads and writes, in place: a CUDA graph knows addresses only.
+    # What every step reads and writes, in place. A CUDA graph knows these addresses and nothing else: it
+    # reads token and mask, moves position and cache.end on, fills the cache, and overwrites its logits.
     S = slots_needed(T, max_new_tokens)
     unpadded = bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, S - T)), dim=1).to(device)
@@ -204,6 +208,7 @@ def token_loop(
     position = next_position[:, None].to(device)
 
     def step() -> Tensor:
+        # A graph can't grow its mask from token to token; the whole one says the same.
         visible = None if unpadded else mask[:, :cache.length + 1]
         return decode_step(model, token, position, mask if graph else visible, cache)
 
