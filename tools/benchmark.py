@@ -1,6 +1,6 @@
 """Time this implementation against Hugging Face's, in one process, in turns, on the same tensors.
 
-    python tools/benchmark.py                                       # the CPU sizes: some minutes
+    python tools/benchmark.py                                       # CPU sizes, both dtypes: some minutes
     python tools/benchmark.py 7B 32B --device cuda --json out.json  # random weights need no download
     python tools/benchmark.py layer --plot assets/speed.png
 
@@ -10,6 +10,9 @@ and drift. Each is the median of ten pairs, with the smallest and the largest. A
 (with four layers) gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be equal; in
 bfloat16 neither may be further from the float32 result than 1.5 times the other. On CUDA a step that is
 replayed as a graph must give the very logits of the step itself.
+
+Times per token are what twice as many tokens take more, so that neither the prompt nor a capture is in them.
+The share of the copy bandwidth is that of the weights which a token has to read; the cache is not counted.
 """
 
 import copy
@@ -22,6 +25,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -44,6 +48,7 @@ PAIRS = 10                  # of timings, in turns
 TOLERANCE = 1e-5            # of logits in float32, of the largest
 BFLOAT16_FACTOR = 1.5       # how much further off than the other's
 COPY_BYTES = 2 * 2**30
+CONTEXTS = (1024, 8192)     # tokens of a prompt, on CUDA
 
 SMALL_TOWER = dict(depth=2, fullatt_block_indexes=[1])
 NARROW_TOWER = SMALL_TOWER | dict(hidden_size=64, intermediate_size=128, num_heads=4)
@@ -87,6 +92,10 @@ class Pair(NamedTuple):
     dtype: torch.dtype
     hf: Qwen2_5_VLForConditionalGeneration
     ours: Qwen2_5_VL
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def make_pair(size: str, device: str, dtype: torch.dtype, most: float = float("inf")) -> Pair:
@@ -138,6 +147,12 @@ def prompt(config: Config, side: int, text: int, dtype: torch.dtype, device: str
         pixel_values=pixels,
         image_grid_thw=grid,
     )
+
+
+def text_prompt(config: Config, count: int, device: str) -> dict[str, Tensor]:
+    """A prompt of random words, as a processor gives it."""
+    ids = torch.randint(0, 256, (1, count), generator=torch.Generator().manual_seed(1)).to(device)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=torch.zeros_like(ids))
 
 
 def on_device(inputs: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
@@ -251,7 +266,7 @@ def compare(
     pair: Pair, what: str, ours: Callable, hf: Callable, clock: Callable[[Callable, str], float] = seconds
 ) -> Row:
     """Both timed in turns; on CUDA HF runs with and without cuDNN attention, and the better time counts."""
-    row = Row(pair.size, what)
+    row = Row(pair.name, what)
     for number in range(-1, PAIRS):     # the first is not counted
         mine = clock(ours, pair.device)
 
@@ -297,7 +312,12 @@ def rows_of(size: str, device: str, dtype: torch.dtype, bandwidth: float) -> lis
     rows = [] if size in LARGE_SIZES else [loading_row(pair)]
     for side in (896, 1792) if device == "cuda" else (224, 448):
         rows.append(vision_row(pair, side))
-    rows += answer_rows(pair, bandwidth)
+    rows.append(first_row(pair))
+    if device == "cuda":
+        for context in CONTEXTS:
+            rows += context_rows(pair, context, bandwidth)
+    else:
+        rows.append(decode_row(pair, bandwidth))
     torch.set_num_threads(threads)
     return rows
 
@@ -327,34 +347,60 @@ def vision_row(pair: Pair, side: int) -> Row:
     return compare(pair, f"vision, {side} x {side}", ours, hf)
 
 
-def answer_rows(pair: Pair, bandwidth: float) -> list[Row]:
-    """The first token of an answer, and the ones after it."""
-    cuda = pair.device == "cuda"
-    inputs = prompt(pair.ours.config, 896 if cuda else 224, 64, pair.dtype, pair.device)
-    T = inputs["input_ids"].shape[1]
+def question(pair: Pair) -> dict[str, Tensor]:
+    return prompt(pair.ours.config, 896 if pair.device == "cuda" else 224, 64, pair.dtype, pair.device)
+
+
+def first_row(pair: Pair) -> Row:
+    """The first token of an answer about a picture."""
+    inputs = question(pair)
+    ours = partial(ours_tokens, pair, inputs, 1)
+    hf = partial(hf_tokens, pair, inputs, 1)
+    return compare(pair, f"first token of {inputs['input_ids'].shape[1]}", ours, hf)
+
+
+def decode_row(pair: Pair, bandwidth: float) -> Row:
+    """The tokens after it."""
+    inputs = question(pair)
+    clock = partial(seconds_per_token, count=8 if pair.size == "layer" else 32)
     ours = partial(ours_tokens, pair, inputs)
     hf = partial(hf_tokens, pair, inputs)
-    first = compare(pair, f"first token of {T}", partial(ours, 1), partial(hf, 1))
+    row = compare(pair, "decode, per token", ours, hf, clock)
+    row.remark = share(row, pair, bandwidth)
+    return row
 
-    # The others.
-    count = 64 if cuda else 8 if pair.size == "layer" else 32
-    clock = partial(seconds_per_token, count=count)
-    decode = compare(pair, "decode, per token", ours, hf, clock)
-    share = bytes_per_token(pair.ours) / bandwidth / median(decode.ours)
-    decode.remark = f"{100 * share:.0f} % of copy bandwidth"
-    if not cuda:
-        return [first, decode]
 
-    # What the graph is worth, and the memory that an answer takes.
-    without_graph = median(clock(partial(ours, graph=False), pair.device) for _ in range(PAIRS))
-    decode.remark += f"; without graph {1e3 * without_graph:.3g} ms"
-    for name, tokens in (("ours", ours), ("HF", hf)):
-        torch.cuda.reset_peak_memory_stats()
-        tokens(8)
-        decode.remark += f"; {name} {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-
+def context_rows(pair: Pair, context: int, bandwidth: float) -> list[Row]:
+    """A prompt of so many words and the tokens after it, ours also without the graph, HF's also compiled."""
+    inputs = text_prompt(pair.ours.config, context, pair.device)
+    ours = partial(ours_tokens, pair, inputs)
+    hf = partial(hf_tokens, pair, inputs)
+    plain = partial(ours, graph=False)
     static = partial(hf, cache_implementation="static")
-    return [first, decode, compare(pair, "decode, HF static and compiled", ours, static, clock)]
+    clock = partial(seconds_per_token, count=32)
+
+    prefill = compare(pair, f"prefill of {context}", partial(ours, 1), partial(hf, 1))
+    prefill.remark = f"peak memory {peak_memory(ours)}, HF {peak_memory(hf)}"
+    decode = [
+        compare(pair, f"decode at {context}, graph", ours, hf, clock),
+        compare(pair, f"decode at {context}, no graph", plain, hf, clock),
+        compare(pair, f"decode at {context}, graph; HF static and compiled", ours, static, clock),
+    ]
+    for row in decode:
+        row.remark = share(row, pair, bandwidth)
+    return [prefill, *decode]
+
+
+def share(row: Row, pair: Pair, bandwidth: float) -> str:
+    """How near decoding comes to reading its weights as fast as a copy does."""
+    return f"{100 * bytes_per_token(pair.ours) / bandwidth / median(row.ours):.0f} % of copy bandwidth"
+
+
+def peak_memory(answer: Callable[[int], object]) -> str:
+    """Of the card, weights included, for a few tokens."""
+    torch.cuda.reset_peak_memory_stats()
+    answer(8)
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
 
 
 # ---------------------------------------------------------------------------- the figure
@@ -455,7 +501,7 @@ def parse() -> Namespace:
     add("sizes", nargs="*", metavar="SIZE",
         help=f"of {', '.join(known)} (default: {', '.join(CPU_SIZES)})")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", choices=["float32", "bfloat16"], help="(default: float32, on CUDA bfloat16)")
+    add("--dtype", choices=["float32", "bfloat16"], help="(default: both, on CUDA bfloat16)")
     add("--json", type=Path, metavar="FILE", help="write every timing there")
     add("--plot", type=Path, metavar="PNG", help="draw cost against size and context instead")
     args = parser.parse_args()
@@ -470,7 +516,8 @@ def parse() -> Namespace:
 
 def main() -> int:
     args = parse()
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    names = ["bfloat16"] if args.device == "cuda" else ["float32", "bfloat16"]
+    dtypes = [getattr(torch, name) for name in ([args.dtype] if args.dtype else names)]
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -479,13 +526,12 @@ def main() -> int:
 
     bandwidth = copy_bandwidth(args.device)
     if args.plot:
-        plot(args.plot, args.device, dtype, bandwidth)
+        plot(args.plot, args.device, dtypes[0], bandwidth)
         return 0
 
     # The machine.
     about = dict(
         device=device_name(args.device),
-        dtype=str(dtype),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -497,7 +543,7 @@ def main() -> int:
     # The table. A size that disagrees is left out of it, and the others go on.
     rows = []
     failed = 0
-    for size in args.sizes or CPU_SIZES:
+    for size, dtype in product(args.sizes or CPU_SIZES, dtypes):
         try:
             its_rows = rows_of(size, args.device, dtype, bandwidth)
         except ValueError as error:
