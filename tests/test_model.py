@@ -201,11 +201,25 @@ def test_position_ids_must_match_the_tokens(pairs, shape):
         pairs("sdpa").ours.logits(torch.zeros(1, 3, 256), torch.zeros(shape).long())
 
 
-def test_inputs_move_to_the_model(tmp_path):
+def test_inputs_move_to_the_model(tmp_path, monkeypatch):
     """Bug: inputs of the CPU, as a processor makes them, meet a model that lies elsewhere."""
     config = load_config(write(tmp_path, small_config()))
     with torch.device("meta"):
         model = Qwen2_5_VL(config)
+    devices = []
+
+    def note(module, args):
+        devices.append(args[0].device.type)
+
+    # Ids and pixels. Then it ends: on the meta device no placeholders can be counted.
+    model.model.embed_tokens.register_forward_pre_hook(note)
+    model.visual.register_forward_pre_hook(note)
+    with pytest.raises(RuntimeError, match="meta"):
+        model(**prompts([[5, (4, 4)]]))
+    assert devices == ["meta", "meta"]
+
+    # Positions and mask.
+    monkeypatch.setattr(model, "splice", lambda x, *rest: x)
     assert model(**prompts([[9], [5]])).device.type == "meta"
 
 

@@ -139,7 +139,7 @@ def test_index_times_seconds_comes_first():
 @pytest.mark.parametrize("ids, grids, message", [
     ([1, 2], dict(image_grid_thw=PICTURE), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
-    ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups takes as many"),
+    ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups needs as many"),
     ([VIDEO] * 4, dict(video_grid_thw=PICTURE), "1 videos but 0 second_per_grid_ts: pass one"),
 ])
 def test_placeholders_must_match_grids_and_seconds(ids, grids, message):
