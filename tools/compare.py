@@ -1,8 +1,8 @@
 """Which side is wrong, and from where on? Write down what every layer returns, and compare two such files.
 
-    python tools/trace.py tiny -o ours.safetensors         # this implementation
-    python tools/trace.py tiny --hf -o hf.safetensors      # Hugging Face's, from the same files and picture
-    python tools/trace.py ours.safetensors hf.safetensors  # the first row that leaves is where to look
+    python tools/compare.py tiny -o ours.safetensors         # this implementation
+    python tools/compare.py tiny --hf -o hf.safetensors      # Hugging Face's, from the same files and picture
+    python tools/compare.py ours.safetensors hf.safetensors  # the first row that leaves is where to look
 
 Another engine's dump counts too, also as .npz, if it uses these names, which are the checkpoint's:
 
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import generate
-from load_weights import checkpoint, load_model, published_name
-from processing import IMAGE_PAD, load_processor, open_image
+from load_weights import checkpoint, load_model, load_processor, published_name
+from processing import open_image
+from sampling import generate
 from vision import window_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,30 +65,15 @@ def record(
 def trace_ours(path: Path, messages: list[dict], dtype: torch.dtype) -> dict[str, Tensor]:
     model, inputs = load_model(path, dtype=dtype), load_processor(path)(messages)
     config, grid = model.config.vision, inputs["image_grid_thw"]
-    group = config.patch_size * config.spatial_merge_size
-    order, _ = window_order(grid, config.spatial_merge_size, config.window_size // group)
+    order, _ = window_order(grid, config.spatial_merge_size, config.window)
     positions, _ = model.positions(inputs["input_ids"], image_grid_thw=grid)
     trace = record(model, inputs, positions, order, lambda: model(**inputs))
     return trace | dict(tokens=torch.cat(list(generate(model, inputs, NEW_TOKENS))))
 
 
-def hf_inputs(path: Path, messages: list[dict]) -> dict[str, Tensor]:
-    """What Hugging Face's picture processor, template and tokenizer make of a question about pictures."""
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    tokenizer, processor = AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path)
-    pictures = [item["image"] for item in messages[0]["content"] if "image" in item]
-    inputs = dict(processor(pictures, return_tensors="pt"))
-    counts = iter((inputs["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist())
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = re.sub(re.escape(IMAGE_PAD), lambda pad: pad[0] * next(counts), prompt)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    types = (ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int()
-    return inputs | dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
-
-
 def trace_hf(path: Path, messages: list[dict], dtype: torch.dtype) -> dict[str, Tensor]:
     """The same from Hugging Face's model, with its own inputs."""
+    from hugging_face import hf_inputs
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.vision_utils import get_vision_window_index
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
