@@ -23,14 +23,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from load_weights import (
-    ATTENTIONS,
-    checkpoint,
-    load_config,
-    load_generation_config,
-    load_model,
-    load_processor,
-)
+from load_weights import ATTENTIONS, checkpoint, load_generation_config, load_model, load_processor
 from model import KVCache, Qwen2_5_VL
 from processing import Processor
 from sampling import generate, slots_needed
@@ -201,7 +194,6 @@ def run(args: argparse.Namespace) -> None:
     # Whom to ask.
     with progress("loading"):
         path = checkpoint(DEMO_MODEL if args.model is None else args.model)
-        load_config(path)       # first, so that another model is refused as such, not for its tokenizer
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         with enough_memory("use --dtype bfloat16, a smaller checkpoint or a larger card"):

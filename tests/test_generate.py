@@ -165,21 +165,6 @@ def test_another_model_is_refused_by_name(name, content, message, say, tmp_path)
     assert message in err
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9663676416 bytes."),
-], ids=["cuda", "cpu"])
-def test_out_of_memory_is_one_line(error, say, monkeypatch):
-    """Bug: it ends in a traceback, because torch raises RuntimeErrors."""
-    def full(*args, **settings):
-        raise error
-
-    monkeypatch.setattr(module, "generate", full)
-    status, _, err = say()
-    assert status == 2
-    assert err == "error: out of memory; use a smaller --max-pixels or --dtype bfloat16\n"
-
-
 # ---------------------------------------------------------------------------- manners
 
 def test_long_work_is_announced(capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Choosing, steps and the loop: answers equal Hugging Face's, token by token."""
 
 import ast
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -211,40 +210,6 @@ def test_captured_loop_equals_the_plain_one(pairs, rows, monkeypatch):
 
     # Once, and after a trial run: at the first call libraries do what a capture forbids.
     assert captured_at == [inputs["input_ids"].shape[1] + 1]
-
-
-def test_capture_counts_a_token_once(pairs, monkeypatch):
-    """Bug: the host counts the capture, in which Python runs and the card does not, as a token stored."""
-    replays = []
-
-    class Graph:
-        def replay(self):
-            replays.append(1)
-
-    @contextmanager
-    def graph(graph, stream):
-        yield
-
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(sampling, "capture_stream", lambda device: None)
-
-    cache = KVCache(pairs("sdpa").ours.config, 1, 8, "cpu", torch.float32)
-    cache.reserve(5)
-    logits = torch.zeros(1, 7)
-    ran = []
-
-    def step():
-        ran.append(cache.reserve(1))
-        return logits
-
-    replay = sampling.capture(step, cache)
-    assert cache.length == 5 and replays == []
-    for n in (1, 2):
-        assert replay() is logits
-        assert cache.length == 5 + n and len(replays) == n
-    assert len(ran) == 1
 
 
 # ---------------------------------------------------------------------------- the loop

@@ -1,4 +1,4 @@
-"""What tests and tools share about Hugging Face's model: configs, the same weights in both, inputs, distance."""
+"""What tests and tools share about Hugging Face's model: configs, the same weights in both, inputs."""
 
 import re
 import sys
@@ -39,7 +39,10 @@ def config_dict(
         rms_norm_eps=1e-6,
         max_position_embeddings=128000,
         rope_parameters=dict(
-            rope_type="default", rope_theta=1e6, mrope_section=[width // 8, 3 * width // 16, 3 * width // 16]),
+            rope_type="default",
+            rope_theta=1e6,
+            mrope_section=[width // 8, 3 * width // 16, 3 * width // 16],
+        ),
     )
     last = vocabulary - 4
     return dict(
