@@ -49,6 +49,8 @@ def test_boxes_are_drawn_in_original_pixels(tmp_path, capsys, monkeypatch):
     assert boxes.main(["nowhere.png", "x", str(out)]) == 2
 
 
+# ---------------------------------------------------------------------------- bugs
+
 def test_bug_entries_are_current():
     """Bug: a piece of code is found elsewhere too or not at all, or a test has another name now. (That the
     tests catch the bugs is for the script to say.)
