@@ -366,9 +366,8 @@ def test_an_answer_on_a_card_is_right(pairs, attention, rows, graph, monkeypatch
     for ours, theirs in zip(logits, reference):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
-    # One wait a token. Before the first, one more for each kind of media: do placeholders match?
-    kinds = sum(name in inputs for name in ("pixel_values", "pixel_values_videos"))
-    assert waits[0] == ["a look at a value"] * kinds + ["a copy to the CPU"]
+    # One wait a token. Before the first, two more: do the placeholders of pictures, of videos match?
+    assert waits[0] == ["a look at a value"] * 2 + ["a copy to the CPU"]
     assert all(wait == ["a copy to the CPU"] for wait in waits[1:])
     assert [graph.replays for graph in card.graphs] == ([len(tokens) - 2] if graph else [])
 
