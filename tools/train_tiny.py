@@ -39,7 +39,6 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -251,8 +250,8 @@ class Batches(torch.utils.data.Dataset):
         patches = []
         for sample in samples:
             for frames in sample.pictures:
-                rows, grid = self.processor.cut(frames, min_pixels=1, max_pixels=10**9)
-                patches.append(rows)
+                rows, grid = self.processor.cut(frames, 1, 10**9)
+                patches.append(self.processor.normalize(rows))
 
         # A tree for each sample, padded on the right.
         stem = self.stem(samples[0], grid)
@@ -289,7 +288,7 @@ class Batches(torch.utils.data.Dataset):
             is_video=samples[0].motion is not None,
             pictures=len(samples[0].pictures),
             grid=grid,
-            pixels=torch.from_numpy(np.concatenate(patches)),
+            pixels=torch.cat(patches),
             targets=torch.stack([sample_targets(sample) for sample in samples]),
         )
 
