@@ -191,8 +191,11 @@ class Qwen2_5_VL(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTransformer(config.vision, attend)
+
+        # Without nn.Embedding's random start: on the meta device torch imports its compiler for that.
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            embed_tokens=nn.Embedding.from_pretrained(embedding, freeze=False),
             layers=nn.ModuleList(DecoderLayer(config, attend) for _ in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))
