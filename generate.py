@@ -145,7 +145,7 @@ def line_before(model: Qwen2_5_VL, inputs: dict[str, Tensor], max_new_tokens: in
 
     T = inputs["input_ids"].shape[1]
     cache = KVCache(model.config, 1, slots_needed(T, max_new_tokens), "meta", model.dtype)
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     return (f"{', '.join(sizes) or 'no picture'}; {T} tokens; weights {weights / 1e9:.3f} GB, "
             f"cache {cache.nbytes / 1e9:.3f} GB, {model.dtype} on {model.device}")
 

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import processing
+from int4 import GROUP, Int4Linear, as_published, pack
 from model import Config, Qwen2_5_VL
 from processing import Processor
-from vision import VisionConfig, eager, sdpa
+from vision import Attend, VisionConfig, eager, sdpa
 
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -125,7 +126,7 @@ def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> Non
     for name, values in computed.items():
         if name in settings and settings[name] not in values:
             raise ValueError(f"{path}: {name} {settings[name]!r:.60} is not supported; use a published "
-                             "bfloat16 model, or take it out of the file")
+                             "model, or take it out of the file")
 
 
 # ---------------------------------------------------------------------------- config.json
@@ -134,7 +135,8 @@ def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> Non
 COMPUTED = dict(
     model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
-COMPUTED_QUANTIZATION = dict(quant_method=())
+COMPUTED_QUANTIZATION = dict(
+    quant_method=("awq",), bits=(4,), group_size=(GROUP,), version=("gemm",), zero_point=(True,))
 COMPUTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), rope_theta=(10000.0,))
 
 
@@ -142,7 +144,8 @@ def load_config(path: str | Path) -> Config:
     """The config of a checkpoint, a directory or hub id, in any dialect.
 
     Raises OSError if it is missing; ValueError if it is broken, if its sizes don't fit together, and for what
-    is not computed here: other models and activations, quantization, sliding windows, scaled rotary.
+    is not computed here: other models and activations, other quantization than AWQ's in four bits, sliding
+    windows, scaled rotary.
     """
     path = checkpoint(path) / "config.json"
     text, vision = one_dialect(path, read_json(path))
@@ -407,13 +410,20 @@ def load_model(
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
     path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA if there is any. dtype:
-    torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's. attention: "sdpa", "eager".
+    torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's, and bfloat16 for weights in four
+    bits. attention: "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
+    device, dtype, attend = available(device, dtype, attention)
+    return ready(read_model(path, config, device, attend), dtype)
 
-    # What is asked for, before anything large is read.
+
+def available(
+    device: str | torch.device, dtype: str | torch.dtype, attention: str
+) -> tuple[str, str | torch.dtype, Attend]:
+    """What is asked for, looked at before anything large is read. ValueError for what is not to be had."""
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if device == "auto":
@@ -426,11 +436,16 @@ def load_model(
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention}: use {' or '.join(ATTENTIONS)}")
     torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
+    return str(device), dtype, ATTENTIONS[attention]
 
+
+def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2_5_VL:
+    """The model with its tensors as they are in the files; on the CPU they are views of the mapped files."""
     # Shapes only: the weights themselves come from the files.
     with torch.device("meta"):
-        model = Qwen2_5_VL(config, ATTENTIONS[attention])
-    weights = read_weights(path, str(device))
+        model = Qwen2_5_VL(config, attend)
+    weights = read_weights(path, device)
+    as_published(model, weights)
 
     # A tied head may be stored as well, or alone, as safetensors' save_model does.
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -446,13 +461,22 @@ def load_model(
         if unknown:                     # may have a wrapper's prefix
             reason = f"its {unknown[0]} is no name of this model's; {reason}"
         raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
-    del weights                 # or memory would hold all of them twice while they are converted
 
     embedding = model.model.embed_tokens.weight
     if tied_head is not None and not torch.equal(tied_head, embedding):
         raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight differs from "
                          "model.embed_tokens.weight; unset it or drop lm_head.weight")
-    if dtype == "auto" and embedding.dtype not in DTYPES.values():
-        raise ValueError(f"{path}: its weights are {embedding.dtype}; give dtype bfloat16 or float32")
-    dtype = embedding.dtype if dtype == "auto" else dtype
-    return model.to(dtype).eval().requires_grad_(False)
+    return model
+
+
+def ready(model: Qwen2_5_VL, dtype: str | torch.dtype) -> Qwen2_5_VL:
+    """The model in a dtype, its four-bit layers packed for their kernel, in eval mode, without gradients."""
+    if dtype == "auto":
+        in_four_bits = any(isinstance(module, Int4Linear) for module in model.modules())
+        dtype = torch.bfloat16 if in_four_bits else model.model.embed_tokens.weight.dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"the checkpoint's weights are {dtype}; give dtype bfloat16 or float32")
+
+    model.to(dtype).eval().requires_grad_(False)
+    pack(model)
+    return model

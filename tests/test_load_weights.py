@@ -102,7 +102,7 @@ def tower(**changes):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(quantization_config=dict(quant_method="awq")), "quant_method 'awq' is not supported"),
+    (dict(quantization_config=dict(quant_method="gptq")), "quant_method 'gptq' is not supported"),
     (dict(use_sliding_window=True), "use_sliding_window True is not supported"),
     (dict(rope_scaling=dict(type="yarn", mrope_section=[16, 24, 24])), "rope_type 'yarn' is not supported"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
