@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -183,7 +183,7 @@ def stream_text(tokens: Iterable[int], processor: Processor) -> Iterator[str]:
 
 # ---------------------------------------------------------------------------- the program
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, load: Callable[..., Qwen2_5_VL]) -> None:
     # What to ask.
     media = media_items(args)
     prompt = question(args.prompt)
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
         processor = load_processor(path, max_pixels=args.max_pixels)
         inputs = processor(messages)
         with enough_memory("use --dtype bfloat16, a smaller checkpoint or a larger card"):
-            model = load_model(path, args.device, args.dtype, args.attention)
+            model = load(path, args.device, args.dtype, args.attention)
 
     # How to answer: what the checkpoint says, unless a flag says otherwise.
     settings = load_generation_config(path)
@@ -229,14 +229,17 @@ def run(args: argparse.Namespace) -> None:
     note(line_after(start, times, model.device))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+def main(argv: list[str] | None = None, load: Callable[..., Qwen2_5_VL] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+
+    load: what loads the model, if not `load_model` (tools/parallel.py hands in its own).
+    """
     sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would fall back on stdout
     warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
     warnings.showwarning = note_warning
     try:
         with enough_memory("use a smaller --max-pixels or --dtype bfloat16"):
-            run(parse(argv))
+            run(parse(argv), load or load_model)
         return 0
 
     except BrokenPipeError:     # the reader has seen enough, as in `generate.py | head`
