@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 
 import compare
 import numpy as np
@@ -113,6 +114,20 @@ def test_other_shapes_of_the_same_numbers_are_accepted(right, engine, tmp_path):
     said = {row.name: row.remark for row in compared}
     assert said["visual.blocks.2"] == said["visual.merger"] == "in window order"
     assert said["tokens"] == "6 of 6 alike"
+
+
+def test_the_dump_on_the_page_for_authors_works(tmp_path, monkeypatch):
+    """Bug: docs/engines.md shows code that does not run, or rows that nobody compares."""
+    page = (compare.ROOT / "docs" / "engines.md").read_text()
+    for name in rows.ORDER:
+        assert name in page or name in (*compare.OPTIONAL, "inputs_embeds"), name
+    dump, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(compare.ROOT / "tiny")
+    assert compare.main(["tiny", "-o", "ours.safetensors"]) == 0
+    exec(dump, {})
+    assert compare.main(["ours.safetensors", "theirs.safetensors"]) == 0
 
 
 def test_a_file_holds_all_that_an_engine_must_be_fed(tmp_path, engine):

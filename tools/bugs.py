@@ -130,6 +130,16 @@ BUGS = [
               "    angles = [position_ids[i % 3].float() * f for i, f in enumerate(frequencies)]\n"
               "    angles = torch.stack(angles, dim=-1)",
         test="test_sections_are_contiguous"),
+    Bug("sections doubled, not repeated", "rope.py",
+        right="    for axis, part in zip(position_ids, frequencies, strict=True):\n"
+              "        angles.append(axis[:, :, None].float() * part)\n"
+              "    angles = torch.cat(angles, dim=-1).repeat(1, 1, 2)",
+        wrong="    channels = torch.cat(frequencies).repeat(2).split([2 * n for n in section])\n"
+              "    for axis, part in zip(position_ids, channels, strict=True):\n"
+              "        angles.append(axis[:, :, None].float() * part)\n"
+              "    angles = torch.cat(angles, dim=-1)",
+        test="test_sections_are_contiguous",
+        reported="huan-yin/Qwen2.5VL-from-scratch, in its code"),
     Bug("raster patch order", "rope.py",
         right="groups = groups.transpose(1, 2)",
         wrong="groups = frame",
@@ -158,7 +168,12 @@ BUGS = [
         right="(torch.arange(t) * interval * tokens_per_second).long()",
         wrong="torch.arange(t) * (interval > 0)",
         test="test_video_times_go_by_the_seconds",
-        reported="sgl-project/sglang#3674"),
+        reported="sgl-project/sglang#3674; Blaizzy/mlx-vlm, in its code"),
+    Bug("rate of a video fixed", "rope.py",
+        right="(torch.arange(t) * interval * tokens_per_second).long()",
+        wrong="torch.arange(t) * (interval > 0) * tokens_per_second",
+        test="test_video_times_go_by_the_seconds",
+        reported="openvinotoolkit/openvino.genai, measured"),
 
     # The decoder.
     Bug("batch rows take the last row's positions", "model.py",
