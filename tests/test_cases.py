@@ -83,6 +83,9 @@ def test_answers_are_judged_by_kind(few, capsys):
     assert f"count            1 of 2 as ours, 1 right (ours: 2 of 2); {different}\n" in out
     assert "describe         1 of 2 as ours, 1 right (ours: 1 of 1); MISSING: describe-01\n" in out
 
+    assert compare.main(say(folder, {"describe-01": None})) == 1
+    capsys.readouterr()
+
     assert compare.main([str(folder), str(folder / "nowhere.json")]) == 2
     assert "a JSON file of answers" in capsys.readouterr().err
 

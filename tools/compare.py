@@ -104,6 +104,8 @@ class Row:
             return "follows from above"
         if self.step is None:
             return "DIFFERS"
+
+        # By itself.
         if 0 < self.step[0] < APPROXIMATION:
             return "ROUNDS MORE, or approximates: float16 in this step, or the tanh form of GELU"
         return "ANOTHER FORMULA"
@@ -116,6 +118,8 @@ def per_token(name: str) -> bool:
 
 def fit(name: str, x: Tensor, y: Tensor) -> Tensor | None:
     """Their row in the shape of ours: the same numbers, or those of the last tokens, or fewer tokens."""
+    if not x.is_floating_point():
+        y = y.long()
     if x.numel() == y.numel():
         return y.reshape(x.shape)
     if per_token(name) and y.numel() == x[:, -1:].numel():
@@ -217,30 +221,34 @@ def compare(
 
         so_far = measure(name, x, fitted[name], mask)
         row = Row(name, not within(so_far, bounds), so_far, None, False)
+        if name in expected:
+            row.step = measure(name, expected[name], fitted[name], mask)
+            row.explained = within(row.step, bounds)
         if name == "tokens":
             alike = (x[:, :length] == fitted[name]).all(dim=0)
             row.remark = f"{alike.cumprod(dim=0).sum()} of {len(alike)} alike"
             if expected:
                 row.step = (gap, gap)
                 row.explained = gap <= BOUNDS[dtype][0]
-        if name in expected:
-            row.step = measure(name, expected[name], fitted[name], mask)
-            row.explained = within(row.step, bounds)
         if name in turned:
             row.remark = "in window order"
         rows.append(row)
+    look_around(rows)
+    return rows, missing
+
+
+def look_around(rows: list[Row]) -> None:
+    """What can be said of a row only by looking at others."""
+    # What is right again further down was only written in another form.
+    parts = ("pixel", "visual.p", "visual.b", "visual.m", "inputs_embeds", "model", "logits")
+    prompt = [row for row in rows if row.name.startswith(parts)]
+    for i, row in enumerate(prompt):
+        row.heals = row.leaves and any(not later.leaves for later in prompt[i + 1:])
 
     # A step of decoding is made by the layers, so it follows from them.
     if any(row.fails and row.name.startswith(("model", "logits")) for row in rows):
         for row in rows:
             row.explained |= row.name.startswith(("decode", "tokens"))
-
-    # What is right again further down was only written in another form.
-    values = ("pixel", "visual", "inputs_embeds", "model", "logits")
-    prompt = [row for row in rows if row.name.startswith(values) and ours[row.name].is_floating_point()]
-    for i, row in enumerate(prompt):
-        row.heals = row.leaves and any(not later.leaves for later in prompt[i + 1:])
-    return rows, missing
 
 
 def summary(rows: list[Row], missing: list[str]) -> tuple[list[str], bool]:
@@ -356,6 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--without", nargs="+", default=[], metavar="NAME", help="rows or groups that may be missing")
     add("--model", help="the checkpoint of our steps (default: the one that our file names)")
     args = parser.parse_args(argv)
+
     try:
         if len(args.what) == 2 and Path(args.what[0]).is_dir():
             return 0 if cases.judge(*map(Path, args.what)) else 1
