@@ -1,5 +1,5 @@
 """The program: a picture and a question on the command line, the answer on stdout. It shows how the parts are
-used together, so read `run` first; the rest is manners.
+used together, so read `run` first; the rest is user interface.
 
     python generate.py --model Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --prompt "What is on the table?"
 
@@ -38,7 +38,7 @@ DEMO_MODEL = HERE / "tiny"
 DEMO_IMAGE = HERE / "assets" / "demo.png"
 DEMO_PROMPT = "Describe the image."
 
-# What a terminal obeys instead of showing: control characters except tab and newline, text direction marks.
+# What a terminal acts on instead of showing: control characters except tab and newline, direction marks.
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -68,8 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, help="(default: the checkpoint's)")
     add("--seed", type=int, help="makes sampling repeatable")
 
-    # Whom to ask.
-    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-7B-Instruct (default: tiny/)")
+    # Which model to ask.
+    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-3B-Instruct (default: tiny)")
     add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
@@ -96,7 +96,7 @@ def question(prompt: str | None) -> str:
         return DEMO_PROMPT
     if prompt == "-":
         prompt = sys.stdin.read() if sys.stdin else ""      # None if it is closed
-        prompt = re.sub(r"\r?\n\Z", "", prompt)             # of which echo adds one
+        prompt = re.sub(r"\r?\n\Z", "", prompt)             # echo adds one
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something")
     return prompt
@@ -129,8 +129,9 @@ def enough_memory(remedy: str) -> Iterator[None]:
     """Turns running out of memory into a mistake of the user's, with what helps."""
     try:
         yield
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):      # CUDA's, the CPU's
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+        if not known:       # of RuntimeErrors, CUDA's and the CPU's
             raise
         raise ValueError(f"out of memory; {remedy}") from None
 
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace, load: Callable[..., Qwen2_5_VL]) -> None:
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
 
-    # Whom to ask.
+    # Which model to ask.
     with progress("loading"):
         path = checkpoint(DEMO_MODEL if args.model is None else args.model)
         processor = load_processor(path, max_pixels=args.max_pixels)
@@ -230,11 +231,11 @@ def run(args: argparse.Namespace, load: Callable[..., Qwen2_5_VL]) -> None:
 
 
 def main(argv: list[str] | None = None, load: Callable[..., Qwen2_5_VL] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
 
     load: what loads the model, if not `load_model` (tools/parallel.py hands in its own).
     """
-    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would fall back on stdout
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would use stdout
     warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
     warnings.showwarning = note_warning
     try:

@@ -1,6 +1,6 @@
 """A checkpoint's directory becomes a model, a processor and settings: whatever is read from it is read here.
 
-Read from the top: where the checkpoint is, the dialects of its config.json, its settings for sampling, its
+Read from the top: where the checkpoint is, the dialects of its config.json, its sampling settings, its
 processor, and its tensors: mapped into memory, without a copy, and only if every one of them fits. A key that
 is missing falls back on the value that the published checkpoints share; what a file asks for and is not
 computed here is refused by its name. A first reading can skip this file.
@@ -30,9 +30,9 @@ from vision import Attend, VisionConfig, eager, sdpa
 ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-# What all published checkpoints share, for keys that a config.json leaves out, as the 32B's its window size
-# and full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value, except for the
-# tower's MLP width: transformers 4.49 left out the one of 3B and 7B.
+# What all published checkpoints share, for keys that a config.json leaves out: the 32B's has no window size
+# and no full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value, except the
+# width of the tower's MLP, which transformers 4.49 left out for the 3B and 7B.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
     tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
@@ -121,9 +121,9 @@ def checked(path: Path, content: dict, name: str, kind: type, default: object = 
     return tuple(value) if isinstance(value, list) else value
 
 
-def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> None:
-    """ValueError for a setting with another value than those that are computed. `path` is for the message."""
-    for name, values in computed.items():
+def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> None:
+    """ValueError for a setting whose value is not among the supported ones. `path` is for the message."""
+    for name, values in supported.items():
         if name in settings and settings[name] not in values:
             raise ValueError(f"{path}: {name} {settings[name]!r:.60} is not supported; use a published "
                              "model, or take it out of the file")
@@ -131,13 +131,13 @@ def refuse_others(path: Path, settings: dict, computed: dict[str, tuple]) -> Non
 
 # ---------------------------------------------------------------------------- config.json
 
-# What is computed here of settings for which Hugging Face computes something else, too.
-COMPUTED = dict(
+# The values that are supported, of settings that may have others.
+SUPPORTED = dict(
     model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
-COMPUTED_QUANTIZATION = dict(
+SUPPORTED_QUANTIZATION = dict(
     quant_method=("awq",), bits=(4,), group_size=(GROUP,), version=("gemm",), zero_point=(True,))
-COMPUTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), rope_theta=(10000.0,))
+SUPPORTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), rope_theta=(10000.0,))
 
 
 def load_config(path: str | Path) -> Config:
@@ -149,9 +149,9 @@ def load_config(path: str | Path) -> Config:
     """
     path = checkpoint(path) / "config.json"
     text, vision = one_dialect(path, read_json(path))
-    refuse_others(path, text, COMPUTED)
-    refuse_others(path, checked(path, text, "quantization_config", dict, {}), COMPUTED_QUANTIZATION)
-    refuse_others(path, vision, COMPUTED_VISION)
+    refuse_others(path, text, SUPPORTED)
+    refuse_others(path, checked(path, text, "quantization_config", dict, {}), SUPPORTED_QUANTIZATION)
+    refuse_others(path, vision, SUPPORTED_VISION)
 
     # A tower without an output width, as transformers 4.49 wrote the 7B's, has the decoder's.
     width = checked(path, text, "hidden_size", int)
@@ -169,7 +169,7 @@ def load_config(path: str | Path) -> Config:
 
 def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
     """The decoder's and the tower's settings: flat and full, flat and sparse, or nested under text_config."""
-    # What stands at the top is right, also where a nested model_type or tie says otherwise.
+    # Nested values win, except model_type and tie_word_embeddings, for which the top level is right.
     text = content | checked(path, content, "text_config", dict, {})
     text["model_type"] = content.get("model_type")
     text["tie_word_embeddings"] = (text | content).get("tie_word_embeddings", False)
@@ -181,7 +181,7 @@ def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
 
     vision = checked(path, content, "vision_config", dict, {})
     vision |= checked(path, vision, "rope_parameters", dict, {})
-    if "in_channels" in vision:         # so called in some nested files
+    if "in_channels" in vision:         # its name in some nested files
         vision = {"in_chans": vision["in_channels"]} | vision
     return text, vision
 
@@ -197,7 +197,7 @@ def build(path: Path, cls: type, values: dict) -> Any:
 
 # ---------------------------------------------------------------------------- generation_config.json
 
-# Settings that change an answer and are not done here, with the values that change nothing.
+# Settings that would change an answer and are not supported, with the values that change nothing.
 WITHOUT_EFFECT = dict(
     num_beams=(1,), num_beam_groups=(1,), num_return_sequences=(1,), penalty_alpha=(), dola_layers=(),
     constraints=(), force_words_ids=(), bad_words_ids=(), suppress_tokens=(), begin_suppress_tokens=(),
@@ -211,8 +211,8 @@ WITHOUT_EFFECT = dict(
 def load_generation_config(path: str | Path) -> dict:
     """The arguments with which `generate` answers as Hugging Face does by default for this checkpoint.
 
-    Not among them is how long an answer may get. Raises ValueError for settings that are not done here, as
-    beams, or settings of the wrong kind.
+    The length of an answer is not among them. Raises ValueError for settings that are not supported, such as
+    beam search, or of the wrong kind.
     """
     path = checkpoint(path) / "generation_config.json"
     if not path.exists():
@@ -239,7 +239,7 @@ def load_generation_config(path: str | Path) -> dict:
 
 # ---------------------------------------------------------------------------- the processor
 
-# What is computed here of a preprocessor's and a tokenizer's settings.
+# The values that are supported, of a preprocessor's and a tokenizer's settings.
 PICTURES = dict(
     do_convert_rgb=(True,), do_resize=(True,), resample=(3,), do_rescale=(True,), rescale_factor=(1 / 255,))
 VIDEOS = PICTURES | dict(
@@ -254,7 +254,7 @@ def load_processor(
     """The processor of a checkpoint, a directory or hub id; limits of a picture override its own.
 
     Patch and merge sizes come from config.json. Raises OSError or ValueError if a file is missing or broken,
-    ValueError for settings that are not done here and limits that make no sense. Warns of a chat template
+    ValueError for settings that are not supported and limits that make no sense. Warns of a chat template
     that is not the published one.
     """
     path = checkpoint(path)
@@ -296,9 +296,9 @@ def load_processor(
 
 
 def preprocessor(path: Path, block: str, name: str) -> tuple[Path, dict]:
-    """The settings of pictures or videos, and the file they stand in: from transformers 5 on one for both.
+    """The settings of pictures or videos, and the file they are in: since transformers 5, one for both.
 
-    Only those of pictures must be there.
+    Only the settings of pictures are required.
     """
     both = path / "processor_config.json"
     settings = checked(both, read_json(both, optional=True), block, dict, {})
@@ -323,10 +323,10 @@ def load_tokenizer(file: Path, config: Config) -> Tokenizer:
         raise ValueError(f"{file}: not a tokenizer ({error}); download it again, or save it with "
                          "transformers' fast class") from None
 
-    # Whole texts, whatever lengths a training run has left in the file.
+    # Never truncate or pad, whatever a training run has left in the file.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters and no token
+    tokenizer.encode_special_tokens = True      # "<|im_end|>" in a run of text is ten characters, not a token
 
     token_id = tokenizer.token_to_id
     for token in (processing.ENDOFTEXT, processing.IM_START, processing.IM_END, processing.VISION_START,
@@ -423,7 +423,7 @@ def load_model(
 def available(
     device: str | torch.device, dtype: str | torch.dtype, attention: str
 ) -> tuple[str, str | torch.dtype, Attend]:
-    """What is asked for, looked at before anything large is read. ValueError for what is not to be had."""
+    """What is asked for, checked before anything large is read. ValueError for what is unavailable."""
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if device == "auto":
@@ -435,7 +435,6 @@ def available(
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention}: use {' or '.join(ATTENTIONS)}")
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
     return str(device), dtype, ATTENTIONS[attention]
 
 
@@ -479,4 +478,5 @@ def ready(model: Qwen2_5_VL, dtype: str | torch.dtype) -> Qwen2_5_VL:
 
     model.to(dtype).eval().requires_grad_(False)
     pack(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
     return model

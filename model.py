@@ -1,6 +1,6 @@
 """Tokens become logits: the decoder, its cache, and the splicing in of vision tokens.
 
-A forward pass, with the sizes of one 448 x 672 picture and the 7B:
+A forward pass, with the sizes of one picture of 672 x 448 pixels and the 7B:
 
     pixel_values (1536, 1176)  -- vision.VisionTransformer -->  vision tokens (384, 3584)
     input_ids (1, T)           -- embed, splice -->             x (1, T, 3584), vision tokens in their places
@@ -59,7 +59,8 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        return 2 * sum(self.mrope_section)      # every channel pair has its axis
+        # Every channel pair has its axis. `load_config` checks that this is hidden_size / heads.
+        return 2 * sum(self.mrope_section)
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -87,7 +88,8 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-        # The tokens stored, for the host; and the same on the device, for a CUDA graph.
+        # How many tokens are stored: a number of Python's, and the same on the device, for a CUDA graph
+        # (sampling.py), which runs no Python.
         self.length = 0
         self.end = torch.zeros(1, device=device, dtype=torch.int64)
 
@@ -166,7 +168,7 @@ class DecoderLayer(nn.Module):
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or -inf.
 
-    By order in the sequence and never by position: inside a picture positions repeat and fall back.
+    By order in the sequence and never by position: inside a picture positions repeat and go backward.
     """
     keys = torch.arange(S, device=slots.device)
     queries = slots[:, None]
@@ -236,8 +238,8 @@ class Qwen2_5_VL(nn.Module):
         input_ids = input_ids.to(self.device)
         x = self.model.embed_tokens(input_ids)
 
-        # Placeholders without a picture would be answered all the same. A single token is an answer's: to
-        # look at it would keep the decoding waiting for the device.
+        # A prompt is checked even if there are no pixels: its placeholders would be read as words. A single
+        # token is part of an answer, and looking at it would stall the GPU.
         is_prompt = input_ids.shape[1] > 1
         if pixel_values is not None or is_prompt:
             x = self.splice(x, input_ids == self.config.image_token_id, pixel_values, image_grid_thw)
@@ -271,7 +273,7 @@ class Qwen2_5_VL(nn.Module):
         """Logits (B, T, vocab) of T new tokens, which follow those that the cache holds.
 
         x: (B, T, C); position_ids: (3, B, T). attention_mask: (B, S) over stored and new tokens, 1 real and
-        0 pad; it may be longer, and slots ahead are not looked at. Logits at pads are finite and mean
+        0 pad; with a cache it may be longer, and later slots are ignored. Logits at pads are finite and mean
         nothing. last_only: logits of the last token alone, (B, 1, vocab).
         Raises ValueError if the cache is too small.
         """
@@ -287,6 +289,8 @@ class Qwen2_5_VL(nn.Module):
             slots = cache.reserve(T)
             S = cache.length
         if attention_mask is not None:
+            most = T if cache is None else cache.k.shape[3]
+            assert S <= attention_mask.shape[1] <= most, (attention_mask.shape, S, most)
             S = attention_mask.shape[1]
 
         # What a token sees. No mask tensor for a whole prompt, nor for one new token, which sees everything.
@@ -338,7 +342,7 @@ class Qwen2_5_VL(nn.Module):
             )
         x = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
 
-        # Without pads there is nothing for the mask to say, and attention can do without.
+        # Without pads no mask is needed.
         if attention_mask is not None:
             attention_mask = None if attention_mask.all() else attention_mask.to(x.device)
         return self.logits(x, position_ids.to(x.device), attention_mask)

@@ -1,14 +1,18 @@
 """A conversation becomes tensors: pictures are resized and cut into patches, the chat template is filled in,
 text is tokenized. Start here: this is the first of the seven files.
 
-Read from the top: sizes, patches, the conversation as a list of parts, the processor that makes tensors of
-them. Opening pictures and frames comes last and can be skipped. "Describe it." with a picture becomes
+A picture is cut into patches of 14 x 14 pixels. Four patches in a square are a merge group, and each merge
+group becomes one token for the decoder, a vision token. A question about a picture becomes this prompt,
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>Describe it.<|im_end|>\\n
     <|im_start|>assistant\\n
 
-(written here on three lines), with <|image_pad|> repeated once for every vision token of the picture.
+written here on three lines, with <|image_pad|> repeated once for every vision token of the picture. "HF: name"
+in a docstring names the same thing in Hugging Face's transformers.
+
+Read from the top: sizes, patches, the conversation as a list of parts, the processor that turns them into
+tensors. Opening pictures and frames comes last and can be skipped.
 
 Sources: Qwen2.5-VL (arXiv 2502.13923) section 2.1.2 for native resolution and frame rates, Qwen2-VL
 (2409.12191) section 2.1. Next: rope.py
@@ -37,8 +41,8 @@ MAX_ASPECT_RATIO = 200
 
 # Videos, as in qwen-vl-utils: the frames share a budget of pixels; animated files are sampled.
 VIDEO_MIN_PIXELS = 128 * 28 * 28                # of a frame
-VIDEO_MAX_PIXELS = 768 * 28 * 28                # of a frame, while the video stays inside its total
-VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # 90 % of a context of 128,000 tokens
+VIDEO_MAX_PIXELS = 768 * 28 * 28                # of a frame; less if the whole video would exceed its total
+VIDEO_TOTAL_PIXELS = 0.9 * 128000 * 28 * 28     # 90% of a context of 128,000 tokens
 VIDEO_FPS = 2.0
 VIDEO_MIN_FRAMES = 4
 VIDEO_MAX_FRAMES = 768
@@ -72,7 +76,7 @@ Grid = tuple[int, int, int]     # time, rows, columns in patches
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> Size:
-    """The (height, width) to resize to: multiples of factor, min_pixels to max_pixels, aspect ratio kept.
+    """The (height, width) to resize to: multiples of factor, within min_pixels and max_pixels.
 
     Rounds half to even (70 -> 56). Very long pictures may end above max_pixels: no side goes below factor.
     Raises ValueError above an aspect ratio of 200. HF: smart_resize.
@@ -94,7 +98,10 @@ def smart_resize(
 
 
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
-    """A box of an answer, in pixels of the resized picture, mapped to the original. Sizes: height, width."""
+    """A box of an answer, in pixels of the resized picture, mapped to the original. Sizes: height, width.
+
+    For whoever draws answers: nothing in these files calls it.
+    """
     y = original[0] / resized[0]
     x = original[1] / resized[1]
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
@@ -106,11 +113,11 @@ def to_resized(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
 
 
 def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) -> tuple[np.ndarray, Grid]:
-    """Cut frames (F, H, W, 3) into patch rows (N, 3 * temporal_patch * patch * patch); also gives the grid.
+    """Cut frames (F, H, W, 3) into patches (N, 1176), and say how many there are in time, rows, columns.
 
-    A row is one patch: channel, frame, y, x. The rows of a merge group are neighbors, groups are in reading
-    order. If F is no multiple of temporal_patch the last frame is repeated: a still picture is its frame
-    twice.
+    A patch is 3 channels x 2 frames x 14 x 14 pixels. The patches of a merge group are neighbors; groups are
+    in reading order. If F is not a multiple of temporal_patch the last frame is repeated, so a still picture
+    is its frame twice.
     """
     missing = -len(frames) % temporal_patch
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
@@ -120,7 +127,7 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
 
     # t, frame | group row, row, y | group column, column, x | channel
     x = frames.reshape(t, temporal_patch, h // merge, merge, patch, w // merge, merge, patch, 3)
-    # t, group row, group column, row, column (a row of the result each) | channel, frame, y, x (inside it)
+    # t, group row, group column, row, column: which patch | channel, frame, y, x: inside it
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     return x.reshape(t * h * w, -1), (t, h, w)
 
@@ -136,7 +143,10 @@ class Part:
 
 
 def apply_chat_template(messages: list[dict], add_generation_prompt: bool) -> list[Part]:
-    """The chat template. What a user types is a "text" part, and so can never become a control token."""
+    """The chat template. What a user types is a "text" part.
+
+    Text can never become a control token: `load_tokenizer` makes the tokenizer spell such words out.
+    """
     check_messages(messages)
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
@@ -153,7 +163,7 @@ def apply_chat_template(messages: list[dict], add_generation_prompt: bool) -> li
         parts += [Part("special", IM_START), Part("text", "assistant\n")]
 
     # Neighboring text becomes one part, the template's own included: tokenized piecewise it would give
-    # other ids.
+    # different ids.
     joined = []
     for part in parts:
         if joined and part.kind == joined[-1].kind == "text":
@@ -171,7 +181,7 @@ def check_messages(messages: object) -> None:
 
 
 def item_parts(item: object) -> list[Part]:
-    """The parts of an item of a content list; ValueError for what it asks for and is not done."""
+    """The parts of an item of a content list; ValueError for what is not supported."""
     kind = item_kind(item)
     if sum(item.get(name) is not None for name in SOURCES[kind]) != 1:
         raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; other items have "
@@ -190,7 +200,7 @@ def item_parts(item: object) -> list[Part]:
 
 
 def item_kind(item: object) -> str:
-    """What an item of a content list is, as the published template tells it: by its type, or by its keys."""
+    """What an item of a content list is, decided as the published template does: by its type or its keys."""
     if isinstance(item, dict):
         if item.get("type") == "image" or "image" in item or "image_url" in item:
             return "image"
@@ -221,7 +231,7 @@ class Processor:
     min_pixels: int = MIN_PIXELS                    # of a picture
     max_pixels: int = MAX_PIXELS
     video_min_pixels: int = VIDEO_MIN_PIXELS        # of a frame
-    video_max_pixels: int | None = None             # None: as many as the video's budget allows
+    video_max_pixels: int = 0                       # 0: as many as the video's budget allows
     image_mean: Sequence[float] = IMAGE_MEAN        # of red, green, blue from 0 to 1
     image_std: Sequence[float] = IMAGE_STD
 
@@ -300,7 +310,7 @@ class Processor:
         if not high:        # a share of the total; temporal_patch_size frames become tokens together
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
-        low = min(low, high)        # a video's own max_pixels may be below the checkpoint's least
+        low = min(low, high)        # a video's own max_pixels may be below the checkpoint's minimum
         return Medium(kind, *self.cut(frames, low, high), interval=seconds * self.temporal_patch_size)
 
     def cut(self, frames: Iterable[Image.Image], low: float, high: float) -> tuple[np.ndarray, Grid]:
@@ -336,7 +346,7 @@ def number(item: dict, name: str) -> float | None:
     return value
 
 
-# What to do about a source that looks like a path and is none.
+# What to do about a source that is not a path.
 NO_PATHS = {
     r"(?i)file:": "give the path alone, without file://",
     r"(?i)data:|[\w+/=\s-]{400}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
@@ -350,7 +360,8 @@ def local_path(source: object) -> Path:
     if not isinstance(source, str | Path):
         raise ValueError(f"{type(source).__name__} is no path; open files, and bytes in io.BytesIO, with "
                          "Image.open, arrays with Image.fromarray; a video is a folder, a file or a list")
-    if os.path.exists(source):          # to Path "" is the working directory, and too long a name an error
+    # Not by Path.exists: Path("") is the working directory, and a name that is too long raises.
+    if os.path.exists(source):
         return Path(source)
 
     for pattern, advice in NO_PATHS.items():
@@ -398,7 +409,7 @@ def open_image(source: object) -> Image.Image:
 
 
 def open_video(source: object, fps: float | None) -> tuple[Iterable[Image.Image], int, float]:
-    """The frames of a video, opened one by one; how many they are, and the seconds from one to the next."""
+    """The frames of a video, opened one by one; how many there are, and the seconds from one to the next."""
     # An animated file is sampled; a folder is a list of files.
     if not isinstance(source, list | tuple):
         path = local_path(source)
@@ -419,16 +430,16 @@ def by_number(file: Path) -> list[int | str]:
 def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, float]:
     """Frames of an animated file, evenly spaced at about fps; how many, and the seconds between them.
 
-    The file is read twice, so that never more than one frame is held in its full size.
+    The file is read twice, so that only one frame at a time is held at full size.
     """
-    # Of each frame but the still that a PNG may hold for programs that know no animations.
+    # How long each frame is shown. The fallback still of an animated PNG is not part of the animation.
     delays = {i: delay for i, (frame, delay) in enumerate(read_frames(path))
               if i > 0 or not frame.info.get("default_image")}
     duration = sum(delays.values())
     if duration == 0:
         raise ValueError(f"{path}: not an animation with frame times; give a folder of frames and fps")
 
-    # An even number, because two frames share a patch.
+    # An even number, as in qwen-vl-utils: two frames share a patch.
     count = min(max(duration * fps, VIDEO_MIN_FRAMES), VIDEO_MAX_FRAMES, len(delays))
     count = max(int(count) // 2 * 2, 2)
     chosen = np.array(list(delays))[np.linspace(0, len(delays) - 1, count).round().astype(int)]

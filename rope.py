@@ -6,7 +6,7 @@ and rotates each by position x frequency. The product of two rotated vectors the
 between their positions.
 
 Read from the top: the rotation itself, then the two axes of a patch, then the three axes of a token. Both
-rotaries are half-split: channel i is paired with channel i + D/2, not with its neighbor i + 1.
+rotary embeddings are half-split: channel i is paired with channel i + D/2, not with its neighbor i + 1.
 
 Sources: RoFormer (arXiv 2104.09864) section 3.2; MRoPE: Qwen2-VL (2409.12191) section 2.1; time in seconds:
 Qwen2.5-VL (2502.13923) section 2.1.3. Next: vision.py
@@ -49,7 +49,7 @@ def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
     Patches are stored merge group by merge group, not in raster order: on a 4x4 grid with merge_size 2 the
     first four are (0, 0), (0, 1), (1, 0), (1, 1). All frames of a video repeat the same positions.
 
-    grid_thw: (items, 3) int64, frames x rows x columns of patches. Returns (N, 2) int64 on the CPU.
+    grid_thw: (items, 3) int64: temporal patches, rows, columns. Returns (N, 2) int64 on the CPU.
     HF: get_vision_position_ids.
     """
     items = []
@@ -83,19 +83,20 @@ def item_positions(start: int, item: Item, merge_size: int, tokens_per_second: i
     rows = torch.arange(h // merge_size)
     columns = torch.arange(w // merge_size)
 
-    # Float32, multiplied in this order, and only then truncated: HF 4.57 truncates the seconds first.
+    # Index x seconds x rate, in float32, truncated last: HF 4.57 truncates the seconds first.
     times = (torch.arange(t) * interval * tokens_per_second).long()
     axes = torch.meshgrid(times, rows, columns, indexing="ij")
     groups = torch.stack(axes, dim=-1).view(-1, 3)              # in reading order
     return (start + groups).tolist()
 
 
-def row_positions(
+def prompt_positions(
     ids: list[int], waiting: dict[int, list[Item]], merge_size: int, tokens_per_second: int
 ) -> tuple[list[list[int]], int]:
     """[time, row, column] of each of a prompt's tokens, and the position that comes after all of them.
 
-    waiting: by placeholder id, the items that are still to come. Those of this prompt are taken out.
+    waiting: by placeholder id, the items that are still to come. This prompt's are popped, so that the next
+    prompt of the batch begins with its own.
     """
     positions = []
     start = 0
@@ -139,7 +140,7 @@ def mrope_positions(
         row      0  1  |  2  2  2  3  3  3  |  5  6
         column   0  1  |  2  3  4  2  3  4  |  5  6
 
-    Six tokens, but only three positions. In a video, time goes by the seconds: frame i adds
+    Six tokens, but only three positions. In a video, time follows the clock: frame i adds
     trunc(i x seconds per temporal patch x tokens_per_second).
 
     input_ids and attention_mask (1 real, 0 pad; not a way to hide a token): (B, T). Grids: (items, 3) in
@@ -167,7 +168,7 @@ def mrope_positions(
     next_position = []
     for b, real in enumerate(attention_mask.bool().cpu()):
         ids = input_ids[b].cpu()[real].tolist()
-        positions, following = row_positions(ids, waiting, merge_size, tokens_per_second)
+        positions, following = prompt_positions(ids, waiting, merge_size, tokens_per_second)
         position_ids[:, b, real] = torch.tensor(positions, dtype=torch.int64).view(-1, 3).T
         next_position.append(following)
 

@@ -1,6 +1,6 @@
 """Logits become tokens: how one is chosen, one step, the CUDA graph, the loop.
 
-Read from the top. The loop knows no tokenizer. Two counters run through it side by side: the slot in the
+Read from the top. The loop uses no tokenizer. Two counters run through it side by side: the slot in the
 cache, which counts tokens, and the MRoPE position, which a picture advances by less than its number of
 tokens.
 
@@ -27,8 +27,8 @@ SLOTS = 64              # caches hold a multiple of it: kernels want masks whose
 class Sampler:
     """How a token is chosen. The defaults are greedy."""
     temperature: float = 0.0            # 0 is greedy
-    top_k: int = 0                      # of the likeliest tokens; 0 keeps all
-    top_p: float = 1.0                  # of the probability; 1 keeps all
+    top_k: int = 0                      # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0                  # keep the likeliest, of this probability together; 1 keeps all
     repetition_penalty: float = 1.0     # on ids of the prompt and the answer, not on padding
     seed: int | None = None
 
@@ -65,7 +65,7 @@ class Sampler:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
 
-        # Top-p: the least likely go that together have at most 1 - p. The likeliest always stays.
+        # Top-p: drop the least likely tokens whose total probability is at most 1 - p. The likeliest stays.
         if self.top_p < 1.0:
             ascending, order = logits.sort()
             unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
@@ -123,7 +123,7 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
 # ---------------------------------------------------------------------------- the loop
 
 def slots_needed(prompt: int, new: int) -> int:
-    """How many slots a cache must have for so many tokens of a prompt and an answer."""
+    """How many slots a cache needs for this many tokens of prompt and answer."""
     return math.ceil((prompt + new) / SLOTS) * SLOTS
 
 
@@ -173,7 +173,7 @@ def token_loop(
     graph: bool,
     sampler: Sampler,
 ) -> Iterator[Tensor]:
-    """Apart from `generate`, because a generator raises nothing before its first token is asked for."""
+    """Split from `generate`, so that bad arguments raise at the call and not at the first token."""
     device = model.device
     generator = None
     if sampler.seed is not None:
@@ -192,7 +192,7 @@ def token_loop(
         **grids,
     )
 
-    # The ids that have been said, for the penalty. Pads have not.
+    # The ids that have occurred, for the penalty. Pads do not count.
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool)
     for row, ids, real in zip(seen, input_ids, attention_mask.bool()):
         row[ids[real]] = True
@@ -208,7 +208,7 @@ def token_loop(
     position = next_position[:, None].to(device)
 
     def step() -> Tensor:
-        # A graph can't grow its mask from token to token; the whole one says the same.
+        # A graph's mask cannot grow. The whole one says the same: `causal_mask` hides the slots ahead.
         visible = None if unpadded else mask[:, :cache.length + 1]
         return decode_step(model, token, position, mask if graph else visible, cache)
 

@@ -34,7 +34,7 @@ class VisionConfig:
     in_chans: int
     patch_size: int                         # pixels
     temporal_patch_size: int                # frames
-    spatial_merge_size: int                 # patches a side of a merge group
+    spatial_merge_size: int                 # patches per side of a merge group
     window_size: int                        # pixels, not patches
     fullatt_block_indexes: tuple[int, ...]  # blocks that attend inside the whole frame
     tokens_per_second: int                  # the decoder's time positions per second of video
@@ -54,14 +54,17 @@ class VisionConfig:
 
     @property
     def window(self) -> int:
-        """Merge groups a side of a window."""
+        """Merge groups per side of a window."""
         return self.window_size // (self.patch_size * self.spatial_merge_size)
 
 
 # ---------------------------------------------------------------------------- shared with the decoder
 
 class RMSNorm(nn.Module):
-    """x / rms(x), in float32 inside and cast back, and only then times the weight. HF: Qwen2_5_VLRMSNorm."""
+    """x / rms(x), in float32 inside, cast back, and only then multiplied by the weight.
+
+    HF: Qwen2_5_VLRMSNorm.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -88,31 +91,32 @@ class SwiGLU(nn.Module):
 # Attention is a function: attend(q, k, v, mask, causal).
 #
 # q (B, H, T, D); k and v (B, kv heads, S, D), each shared by H / kv heads neighbors in q. Returns
-# (B, H, T, D). mask: None, or what to add to the scores, broadcasting to (B, H, T, S). causal: a query sees
-# the keys up to itself, for as many keys as queries, and no mask tensor is made.
+# (B, H, T, D). mask: None, or what to add to the scores, (B or 1, 1, T, S). causal: a query sees the keys up
+# to itself, without a mask tensor; there must be as many keys as queries.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; a view if H is the same."""
+    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; a view if there are H."""
     return x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention by torch's fused kernels: no tensor of T x S unless the mask is one."""
+    """Attention by torch's fused kernels, which hold no tensor of T x S."""
     B, H, T, D = q.shape
     kv_heads = k.shape[1]
     assert k.shape == v.shape and H % kv_heads == 0, (q.shape, k.shape, v.shape)
 
     if T == 1:
-        # One new token: the queries that share a key become the query axis, and no key is repeated.
+        # One new token: the query heads that share a key head take the place of T, so no key is repeated.
+        # (B, H, 1, D) -> (B, kv heads, H / kv heads, D)
         q = q.reshape(B, kv_heads, -1, D)
     else:
         # Repeated, because enable_gqa would rule out the kernels that take a mask.
         k = repeat_heads(k, H)
         v = repeat_heads(v, H)
 
-    # On CUDA, the kernels that take a mask give a step one processor per key head; two products use them all.
+    # With a mask, CUDA's fused kernels would run one thread block per key head; two products fill the card.
     if T == 1 and q.is_cuda and mask is not None:
         y = eager(q, k, v, mask, causal)
     else:
@@ -157,14 +161,14 @@ class PatchEmbed(nn.Module):
 class Layout(NamedTuple):
     """How attention cuts up a picture or video: every frame holds the same runs of equal windows.
 
-    420 x 280 pixels in windows of 112: one frame, runs [(6, 64), (2, 48), (3, 32), (1, 24)].
+    420 pixels wide and 280 high, windows of 112: one frame, runs [(6, 64), (2, 48), (3, 32), (1, 24)].
     """
     frames: int
-    runs: list[tuple[int, int]]     # (number of windows, patches in each), in stored order
+    runs: list[tuple[int, int]]     # (number of windows, patches in each), in window order
 
     @property
     def lengths(self) -> list[int]:
-        """The patches in each window of all frames, in stored order."""
+        """The patches in each window of all frames, in window order."""
         return self.frames * [patches for windows, patches in self.runs for _ in range(windows)]
 
 
@@ -176,7 +180,8 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
     mask. (Hugging Face keeps them in raster order and needs a kernel for sequences of any length.) Frames and
     items stay where they were.
 
-    grid_thw: (items, 3) in patches. Returns order (N / merge_size^2,), int64 on the CPU, to index groups by.
+    grid_thw: (items, 3): temporal patches, rows, columns. Returns order (N / merge_size^2,), int64 on the
+    CPU, to index groups by.
     HF: get_vision_window_index.
     """
     order = []
@@ -314,7 +319,7 @@ class VisionTransformer(nn.Module):
         inverse = order.argsort().to(weight.device, non_blocking=True)
         order = order.to(weight.device, non_blocking=True)
 
-        # Into window order once, and out of it once, at the end: a full block gives the same in any order.
+        # Into window order once, and out of it once, at the end: full attention does not care about order.
         x = self.patch_embed(pixel_values.to(weight.dtype))     # (N, C)
         x = reorder(x, order, merge**2)
         for i, block in enumerate(self.blocks):

@@ -165,7 +165,7 @@ def test_every_rule_for_seconds_is_told_apart(judge, monkeypatch, seconds):
 @pytest.mark.parametrize("fps", [1, 2, 4])
 def test_text_that_resumes_too_early_is_noticed(judge, monkeypatch, fps):
     """Bug: text after a video begins by its larger side, as in HF 5.23.0, and the judge agrees."""
-    right = rope.row_positions
+    right = rope.prompt_positions
 
     def resume_by_side(*args):
         positions, _ = right(*args)
@@ -174,7 +174,7 @@ def test_text_that_resumes_too_early_is_noticed(judge, monkeypatch, fps):
         following = start + len(positions) - last - 1
         return positions[:last + 1] + [[p] * 3 for p in range(start, following)], following
 
-    monkeypatch.setattr(rope, "row_positions", resume_by_side)
+    monkeypatch.setattr(rope, "prompt_positions", resume_by_side)
     assert differs(judge, f"video-at-{fps}")
 
 
