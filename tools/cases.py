@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         cases = random_cases(args.cases)
         settings = dict(max_new_tokens=RANDOM_TOKENS)
     else:
-        model = load_model(TINY, dtype="float32")
+        model = load_model(TINY, "cpu", "float32")
         cases = tiny_cases(args.cases, args.seed)
         settings = load_generation_config(TINY)
     answer(args.cases, model, load_processor(TINY), cases, **settings)

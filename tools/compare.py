@@ -312,7 +312,7 @@ def write(args: Namespace) -> None:
         rows = trace_hf(path, messages, inputs, dtype, args.deep)
     else:
         engine = "ours"
-        rows = trace_ours(load_model(path, dtype=dtype), inputs, args.deep)
+        rows = trace_ours(load_model(path, "cpu", dtype), inputs, args.deep)
 
     header = dict(engine=engine, checkpoint=args.what[0], picture=called, dtype=args.dtype)
     save_file({name: x.cpu().clone().contiguous() for name, x in rows.items()}, args.out, header)
@@ -335,7 +335,7 @@ def judge(args: Namespace) -> bool:
         raise ValueError(f"dtypes {' and '.join(dtypes)}: a header can say {', '.join(BOUNDS)}")
     coarser = max(dtypes, key=list(BOUNDS).index)
     step_dtype = "bfloat16" if dtypes[1] == "bfloat16" else "float32"
-    model = load_model(checkpoint(args.model or our_header.get("checkpoint", "")), dtype=step_dtype)
+    model = load_model(checkpoint(args.model or our_header.get("checkpoint", "")), "cpu", step_dtype)
 
     rows, missing = compare(ours, theirs, coarser, model, args.without)
     lines, well = summary(rows, missing)
