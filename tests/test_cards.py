@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import figure_cards
+import figures_cards
 import pytest
 import torch
 from conftest import FAMILY, SPARSE_VISION, flat, write
@@ -116,7 +116,7 @@ def test_exercises_are_answered_rightly(tmp_path):
 
 def test_figure_of_shares_shows_what_ranks_keep(tmp_path):
     """Rows where there should be columns, or two ranks with the same."""
-    found = figure_cards.draw_shares(tmp_path)
+    found = figures_cards.draw_shares(tmp_path)
     for name, shared in found.items():
         across = name not in ("o", "down")
         stretches = [columns if across else rows for columns, rows in shared]
@@ -128,7 +128,7 @@ def test_figure_of_shares_shows_what_ranks_keep(tmp_path):
 
 def test_figure_of_a_word_shows_its_weights(tmp_path):
     """Numbers in the order of the bits, or a zero of another channel."""
-    shown = figure_cards.draw_four_bits(tmp_path)
+    shown = figures_cards.draw_four_bits(tmp_path)
     assert shown["numbers"] == [0xE, 0x7, 0x0, 0x4, 0x2, 0xB, 0xD, 0x9]
     assert shown["weights"] == pytest.approx([(q - 7) / 100 for q in shown["numbers"]])
 

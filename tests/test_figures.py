@@ -1,6 +1,7 @@
 """tools/figures.py: the numbers in the README's figures are those that the modules compute."""
 
 import figures
+import figures_graph
 import numpy as np
 import pytest
 import torch
@@ -114,3 +115,14 @@ def test_attention_is_that_of_the_token_before(tmp_path, monkeypatch, prompt):
 def test_drawn_box_is_mapped_to_the_original(tmp_path):
     """Bug: boxes scaled the wrong way, or along the other axis."""
     assert figures.draw_boxes(tmp_path) == dict(box=(135, 28, 180, 138), mapped=(305, 67, 407, 329))
+
+
+def test_kernels_wait_for_python_or_for_each_other(tmp_path):
+    """Bug: kernels that run at the same time, or before they are launched; a replay that waits."""
+    times = figures.draw_graph(tmp_path)
+    lengths = figures_graph.KERNELS
+    ends = [start + length for start, length in zip(times["starts"], lengths)]
+    ready = [launch + figures_graph.LAUNCH for launch in times["launches"]]
+    assert times["starts"] == [max(after, launched) for after, launched in zip([0, *ends], ready)]
+    assert times["replayed"][-1] == figures_graph.REPLAY + sum(lengths[:-1])
+    assert times["replayed"][-1] < times["starts"][-1]

@@ -1,5 +1,5 @@
-"""Draw the README's figures with the project's own functions, so that they can't come to tell something else.
-Each answers the question that is its title; the function that draws it returns the numbers in it.
+"""Draw all figures but speed.png with the project's own functions, so that they can't come to tell something
+else. Each answers the question that is its title; the function that draws it returns the numbers in it.
 
     python tools/figures.py windows time    # these two, into assets/; without names all of them
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from boxes import locate, read_boxes
+from drawing import BLUE, COLORS, GRAY, ORANGE, cell, outline, rectangle, save, show, tag, write
+from figures_cards import draw_four_bits, draw_shares
+from figures_graph import draw_graph
 from scenes import COLORS as COLOR_WORDS
 
 from generate import DEMO_IMAGE, DEMO_PROMPT
@@ -34,65 +36,8 @@ SIDE = SHARED_VISION["patch_size"]              # pixels of a patch
 MERGE = SHARED_VISION["spatial_merge_size"]     # patches of a merge group
 GROUP = SIDE * MERGE                            # pixels of a merge group
 
-# Told apart by every eye.
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREEN = "#009E73"
-GRAY = "#BBBBBB"
-COLORS = [BLUE, ORANGE, GREEN, "#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#999999"]
-plt.rcParams.update({"font.size": 11, "figure.labelsize": 11})
 
-Color = str | tuple[str, float]     # with its opacity
-
-
-# ---------------------------------------------------------------------------- what figures are made of
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """1210 pixels wide, in 128 colors, because photos would take megabytes."""
-    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
-    figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
-    picture = Image.open(path).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def rectangle(
-    axis: plt.Axes, x: float, y: float, width: float, height: float, color: Color = "none", **edge
-) -> None:
-    edge = {"edgecolor": "white"} | edge
-    axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, **edge))
-
-
-def write(axis: plt.Axes, x: float, y: float, text: object, ink: str = "black", halo: str = "none") -> None:
-    """A text with its middle at (x, y), each letter with a halo."""
-    effects = [withStroke(linewidth=2.5, foreground=halo)] if halo != "none" else None
-    axis.text(x, y, text, color=ink, ha="center", va="center", path_effects=effects)
-
-
-def cell(axis: plt.Axes, x: float, y: float, text: object, color: Color, **edge) -> None:
-    """A box of a diagram, 1 x 1."""
-    rectangle(axis, x, y, 1, 1, color, **edge)
-    write(axis, x + 0.5, y + 0.5, text)
-
-
-def outline(axis: plt.Axes, box: Box, color: str) -> None:
-    """A box of an answer."""
-    x1, y1, x2, y2 = box
-    rectangle(axis, x1, y1, x2 - x1, y2 - y1, edgecolor=color, lw=2.5)
-
-
-def tag(axis: plt.Axes, x: float, y: float, text: str, color: str, **style) -> None:
-    """White on a color."""
-    axis.text(x, y, text, color="white", bbox=dict(facecolor=color, lw=0, pad=2), **style)
-
-
-def show(axis: plt.Axes, picture: Image.Image, tick: int, **labels: str) -> None:
-    """A picture on axes in pixels."""
-    axis.imshow(picture, extent=(0, picture.width, picture.height, 0))
-    axis.set_xticks(range(0, picture.width + 1, tick))
-    axis.set_yticks(range(0, picture.height + 1, tick))
-    axis.set(**labels)
-
+# ---------------------------------------------------------------------------- what several figures need
 
 def question(picture: Path) -> list[dict]:
     return [{"role": "user", "content": [{"image": picture}, {"text": DEMO_PROMPT}]}]
@@ -427,6 +372,9 @@ FIGURES = dict(
     time=draw_time,
     attention=draw_attention,
     boxes=draw_boxes,
+    graph=draw_graph,
+    shares=draw_shares,
+    four_bits=draw_four_bits,
 )
 
 

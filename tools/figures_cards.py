@@ -1,52 +1,35 @@
-"""Draw the two figures of docs/cards.md with the project's own functions.
+"""Shares of a layer, and a word of four-bit weights: the figures of docs/cards.md, for figures.py."""
 
-    python tools/figure_cards.py        # into assets/
-"""
-
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from drawing import COLORS, Color, rectangle, save, write
 from matplotlib import pyplot as plt
-from PIL import Image
-from torch import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from parallel import Share, cut
+from torch import nn
 
 from int4 import PLACES, Int4Linear, unpack
 from load_weights import load_config
 from model import Qwen2_5_VL
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#999999"]
+TINY = Path(__file__).parent.parent / "tiny"
 BIG = dict(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29568,
            num_hidden_layers=1, mrope_section=(16, 24, 24))      # a layer of the 72B
 WORD = 0x9B47D20E
 ZEROS = 0x77777777
 
 
-def save(figure: plt.Figure, path: Path, **numbers) -> dict:
-    """1210 pixels wide, in 128 colors. Gives the numbers back."""
-    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
-    figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-    return numbers
-
-
-def box(axis: plt.Axes, x: float, y: float, width: float, height: float, color: object, text: object) -> None:
-    axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="white"))
-    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+def box(axis: plt.Axes, x: float, y: float, width: float, height: float, color: Color, text: object) -> None:
+    rectangle(axis, x, y, width, height, color)
+    write(axis, x + width / 2, y + height / 2, text)
 
 
 # ---------------------------------------------------------------------------- shares
 
 def pieces(ranks: int) -> dict[str, list[tuple[range, range]]]:
     """Of each matrix of a layer, the columns and rows (as in x @ W) that each rank has."""
-    config = load_config(ROOT / "tiny")
+    config = load_config(TINY)
     config = replace(config, **BIG, vision=replace(config.vision, out_hidden_size=BIG["hidden_size"]))
     with torch.device("meta"):
         whole = Qwen2_5_VL(config).model.layers[0]
@@ -96,7 +79,8 @@ def draw_shares(out: Path, ranks: int = 4) -> dict:
 
     figure.suptitle(f"Which part of a layer has each of {ranks} ranks? "
                     "Columns of q, k, v, gate, up; rows of o, down")
-    return save(figure, out / "shares.png", **found)
+    save(figure, out / "shares.png")
+    return found
 
 
 def draw_matrix(axis: plt.Axes, x: float, name: str, shared: list[tuple[range, range]]) -> float:
@@ -157,9 +141,5 @@ def draw_four_bits(out: Path, scale: float = 0.01) -> dict:
              xlim=(0, 8), ylim=(4.85, -0.1), xticks=[], yticks=[0.4, 2.4, 3.4, 4.4],
              yticklabels=["in the file", "numbers", "(number - zero) x scale", "weights"])
     axis.spines[:].set_visible(False)
-    return save(figure, out / "four_bits.png", numbers=numbers, zeros=zeros, weights=weights)
-
-
-if __name__ == "__main__":
-    for draw in (draw_shares, draw_four_bits):
-        draw(ROOT / "assets")
+    save(figure, out / "four_bits.png")
+    return dict(numbers=numbers, zeros=zeros, weights=weights)

@@ -1,17 +1,9 @@
-"""Draw why decoding replays a graph: assets/graph.png. The times are made up, in proportion.
-
-    python tools/figure_graph.py
-"""
+"""Why decoding replays a graph, for figures.py. The times are made up, in proportion."""
 
 from pathlib import Path
 
+from drawing import BLUE, GRAY, ORANGE, rectangle, save, write
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
-ROOT = Path(__file__).resolve().parent.parent
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GRAY = "#BBBBBB"
 
 LAUNCH = 5.0                                            # microseconds of Python for a kernel, about
 KERNELS = [1.5, 7.0, 1.5, 2.0, 1.5, 9.0, 1.5, 1.5]      # microseconds on the card: few are long
@@ -42,26 +34,32 @@ def replayed() -> list[float]:
     return [REPLAY + sum(KERNELS[:n]) for n in range(len(KERNELS))]
 
 
-def draw_times(axis: Axes) -> float:
-    """Both ways over time; gives back when the slower one ends."""
+def draw_times(axis: plt.Axes) -> None:
+    """Both ways over time."""
     launches, starts = one_by_one()
-    axis.broken_barh([(x, LAUNCH) for x in launches], (3, 0.7), facecolor=ORANGE, edgecolor="white")
-    axis.broken_barh(list(zip(starts, KERNELS)), (2.1, 0.7), facecolor=BLUE, edgecolor="white")
-    axis.broken_barh([(0, REPLAY)], (0.9, 0.7), facecolor=ORANGE, edgecolor="white")
-    axis.broken_barh(list(zip(replayed(), KERNELS)), (0, 0.7), facecolor=BLUE, edgecolor="white")
+    draw_spans(axis, 3, launches, [LAUNCH] * len(launches), ORANGE)
+    draw_spans(axis, 2.1, starts, KERNELS, BLUE)
+    draw_spans(axis, 0.9, [0.0], [REPLAY], ORANGE)
+    draw_spans(axis, 0, replayed(), KERNELS, BLUE)
 
+    # What they are.
     axis.text(0, 3.85, "one by one: the card waits for Python")
     axis.text(0, 1.75, "a graph: launched once")
     axis.set_yticks([3.35, 2.45, 1.25, 0.35], ["Python", "card", "Python", "card"])
-    axis.set(xticks=[], xlabel="time", ylim=(-0.2, 4.5))
+    axis.set(xticks=[], xlabel="time", xlim=(-1, starts[-1] + 5), ylim=(-0.2, 4.5))
     axis.spines[["top", "right"]].set_visible(False)
-    return starts[-1] + KERNELS[-1]
 
 
-def draw_ports(axis: Axes) -> None:
+def draw_spans(axis: plt.Axes, y: float, starts: list[float], lengths: list[float], color: str) -> None:
+    for start, length in zip(starts, lengths, strict=True):
+        rectangle(axis, start, y, length, 0.7, color)
+
+
+def draw_ports(axis: plt.Axes) -> None:
     """The graph as a box, and what goes in and out."""
-    axis.add_patch(plt.Rectangle((1.0, 0), 1.0, 5, facecolor=GRAY))
-    axis.text(1.5, 2.5, "kernels\nand\naddresses", ha="center", va="center")
+    rectangle(axis, 1, 0, 1, 5, GRAY)
+    write(axis, 1.5, 2.5, "kernels\nand\naddresses")
+
     for row, (name, what, goes_in, goes_out) in enumerate(PORTS):
         y = 4.5 - row
         style = "<->" if goes_in and goes_out else "<-" if goes_in else "->"
@@ -71,15 +69,12 @@ def draw_ports(axis: Axes) -> None:
     axis.axis("off")
 
 
-def draw_graph(path: Path) -> float:
-    """How long the kernels take one by one, as a multiple of the graph's time in the figure."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.9), width_ratios=(1, 1), layout="constrained")
-    slow = draw_times(left)
+def draw_graph(out: Path) -> dict:
+    """Kernels launched one by one and all at once, and what a graph reads and writes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.9))
+    draw_times(left)
     draw_ports(right)
-    figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
-    return slow / (replayed()[-1] + KERNELS[-1])
 
-
-if __name__ == "__main__":
-    draw_graph(ROOT / "assets" / "graph.png")
+    save(figure, out / "graph.png")
+    launches, starts = one_by_one()
+    return dict(launches=launches, starts=starts, replayed=replayed())
