@@ -8,7 +8,8 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from load_weights import load_generation_config, load_model, load_processor
+from load_weights import load_config, load_generation_config, load_model, load_processor
+from model import Qwen2_5_VL
 from sampling import generate
 from vision import attention_weights, eager
 
@@ -32,6 +33,61 @@ def test_first_screen_has_boxes_of_the_original_picture(tmp_path, monkeypatch):
     numbers = figures.draw_first(tmp_path)
     assert numbers["boxes"] == [((16, 42, 32, 84), "it")] * 2
     assert numbers["windows"].tolist() == [UPPER] * 4 + [LOWER] * 2
+
+
+def test_map_has_the_shapes_of_a_run(tmp_path, published):
+    """Bug: a shape that somebody typed, or another prompt's."""
+    shapes = figures.draw_map(tmp_path)
+    model = load_model(TINY)
+    inputs = load_processor(TINY)(figures.question(figures.DEMO_IMAGE))
+    assert shapes["tiny"] == run_shapes(model, inputs)
+
+    # The 7B, without weights: its picture stands for one of every content.
+    directory, _ = published
+    with torch.device("meta"):
+        model = Qwen2_5_VL(load_config(directory))
+    picture = Image.new("RGB", (672, 448))
+    inputs = load_processor(directory)(figures.question(picture))
+    assert shapes["large"] == run_shapes(model, inputs)
+
+
+def run_shapes(model, inputs):
+    """The shapes at the places of the map when a model reads a prompt."""
+    pixels = inputs["pixel_values"].to(model.device)
+    grid = inputs["image_grid_thw"]
+    patched = []
+    reached = []
+    model.visual.blocks[-1].register_forward_hook(lambda module, args, x: patched.append(x))
+    model.model.layers[-1].register_forward_hook(lambda module, args, x: reached.append(x))
+
+    tokens = model.visual(pixels, grid)
+    ids = inputs["input_ids"]
+    positions, _ = model.positions(ids, image_grid_thw=grid)
+    x = torch.zeros(*ids.shape, tokens.shape[1], device=model.device, dtype=model.dtype)
+    logits = model.logits(x, positions.to(model.device), last_only=True)[:, -1]
+
+    _, h, w = (14 * grid[0]).tolist()
+    assert (inputs["mm_token_type_ids"] == 1).sum() == len(tokens)
+    return {
+        "picture": (h, w, 3),
+        "pixel_values": tuple(pixels.shape),
+        "tower": tuple(patched[0].shape),
+        "vision tokens": tuple(tokens.shape),
+        "input_ids": tuple(ids.shape),
+        "position_ids": tuple(positions.shape),
+        "layers": tuple(reached[0].shape),
+        "x": tuple(x.shape),
+        "logits": tuple(logits.shape),
+    }
+
+
+def test_change_reaches_a_window_then_everything_then_what_is_later(tmp_path):
+    """Bug: groups in window order, patches taken for groups, or a decoder that sees what comes later."""
+    numbers = figures.draw_reach(tmp_path, group=13)
+    window, everything, later = numbers["reached"]
+    assert window.nonzero().tolist() == [[row, column] for row in range(4) for column in range(4, 8)]
+    assert everything.all()
+    assert later.flatten().tolist() == [i >= 13 for i in range(48)]
 
 
 def test_patches_have_the_numbers_of_their_rows(tmp_path):

@@ -6,6 +6,7 @@ else. Each answers the question that is its title; the function that draws it re
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from figures_graph import draw_graph
 from scenes import COLORS as COLOR_WORDS
 
 from generate import DEMO_IMAGE, DEMO_PROMPT
-from load_weights import SHARED_VISION, load_generation_config, load_model, load_processor
-from model import Qwen2_5_VL
+from load_weights import SHARED_VISION, load_config, load_generation_config, load_model, load_processor
+from model import Config, Qwen2_5_VL
 from processing import Box, Processor, open_image, smart_resize, to_original
 from rope import mrope_positions, vision_positions
 from sampling import generate
@@ -108,6 +109,121 @@ def draw_first(out: Path) -> dict:
     return dict(boxes=boxes, windows=windows)
 
 
+# ---------------------------------------------------------------------------- the map
+
+# Step of the README, name, what becomes of it there; column and row in the figure.
+PLACES = [
+    ("1", "picture", "resized, cut into patches", 0, 0),
+    ("2", "pixel_values", "a row for each patch", 1, 0),
+    ("3, 4", "tower", "blocks, most in windows", 2, 0),
+    ("5", "vision tokens", "four patches become one", 3, 0),
+    ("5", "input_ids", "prompt with placeholders", 0, 1),
+    ("6", "position_ids", "time, row, column", 1, 1),
+    ("7", "layers", "causal, with a cache", 2, 1),
+    ("5", "x", "embeddings, spliced", 3, 1),
+    ("8", "logits", "the next token is chosen", 2, 2),
+]
+ARROWS = [      # from the middle of a side to the middle of a side
+    ((0.86, 0.39), (1, 0.39)),
+    ((1.86, 0.39), (2, 0.39)),
+    ((2.86, 0.39), (3, 0.39)),
+    ((3.43, 0.78), (3.43, 1.15)),
+    ((0.86, 1.54), (1, 1.54)),
+    ((1.86, 1.54), (2, 1.54)),
+    ((3, 1.54), (2.86, 1.54)),
+    ((2.43, 1.93), (2.43, 2.3)),
+]
+ARROW = dict(arrowstyle="-|>", color="black", lw=1.6, shrinkA=2, shrinkB=2)
+SIZES_7B = dict(hidden_size=3584, vocab_size=152064)
+TOWER_7B = dict(hidden_size=1280, num_heads=16, out_hidden_size=3584)
+
+
+def shapes_of(config: Config, height: int, width: int, words: int) -> dict[str, tuple[int, ...]]:
+    """What is at each place of the map, for a resized picture in a prompt with so many other tokens."""
+    tower = config.vision
+    patches = height * width // tower.patch_size**2
+    pixels = tower.in_chans * tower.temporal_patch_size * tower.patch_size**2
+    tokens = patches // tower.spatial_merge_size**2
+    T = words + tokens
+    return {
+        "picture": (height, width, tower.in_chans),
+        "pixel_values": (patches, pixels),
+        "tower": (patches, tower.hidden_size),
+        "vision tokens": (tokens, tower.out_hidden_size),
+        "input_ids": (1, T),
+        "position_ids": (3, 1, T),
+        "layers": (1, T, config.hidden_size),
+        "x": (1, T, config.hidden_size),
+        "logits": (1, config.vocab_size),
+    }
+
+
+def draw_map(out: Path) -> dict:
+    """The way from pixels and words to logits, with the shapes of the demo and of a larger run."""
+    # The demo.
+    small = load_config(TINY)
+    inputs = load_processor(TINY)(question(DEMO_IMAGE))
+    _, h, w = inputs["image_grid_thw"][0].tolist()
+    words = (inputs["mm_token_type_ids"] == 0).sum().item()
+
+    # The 7B and a picture of 448 x 672; to its tokenizer the same prompt has as many words.
+    large = replace(small, **SIZES_7B, vision=replace(small.vision, **TOWER_7B))
+    shapes = dict(
+        tiny=shapes_of(small, h * SIDE, w * SIDE, words),
+        large=shapes_of(large, 448, 672, words),
+    )
+
+    figure, axis = plt.subplots(figsize=(11, 6.9))
+    for place in PLACES:
+        name = place[1]
+        draw_place(axis, *place, shapes["tiny"][name], shapes["large"][name])
+    for start, end in ARROWS:
+        axis.annotate("", end, start, arrowprops=ARROW)
+
+    # Two roads with corners: words go straight to x, and a new token back to the start.
+    road(axis, [(0.43, 1.15), (0.43, 1), (3.2, 1), (3.2, 1.15)], "-")
+    road(axis, [(2, 2.69), (0.43, 2.69), (0.43, 1.93)], "--")
+    axis.text(1.9, 0.97, "the words, embedded", ha="center", va="bottom", size=13)
+    axis.text(1.22, 2.66, "again and again: the new token alone", ha="center", va="bottom", size=13)
+
+    axis.set_title("What becomes of a picture and a question?", size=16)
+    axis.set(xlim=(-0.01, 3.87), ylim=(3.09, -0.02), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    save(figure, out / "map.png")
+    return shapes
+
+
+def draw_place(
+    axis: plt.Axes,
+    step: str,
+    name: str,
+    what: str,
+    column: int,
+    row: int,
+    small: tuple[int, ...],
+    large: tuple[int, ...],
+) -> None:
+    """A box of the map, with the shapes of the small run and of the large one."""
+    x = column
+    y = 1.15 * row
+    color = BLUE if row == 0 else ORANGE
+    rectangle(axis, x, y, 0.86, 0.78, (color, 0.15), edgecolor=color, lw=1.5)
+
+    left = x + 0.04
+    indent = 0.12 if len(step) == 1 else 0.26
+    axis.text(left, y + 0.06, step, va="top", size=18, weight="bold", color=color)
+    axis.text(left + indent, y + 0.085, name, va="top", size=15, family="monospace")
+    axis.text(left, y + 0.28, what, va="top", size=12.5)
+    axis.text(left, y + 0.43, str(small), va="top", size=15)
+    axis.text(left, y + 0.60, str(large), va="top", size=15, color="#444444")
+
+
+def road(axis: plt.Axes, corners: list[tuple[float, float]], style: str) -> None:
+    """A line through all corners, with an arrow at its end."""
+    axis.plot(*zip(*corners[:-1]), color="black", lw=1.6, ls=style)
+    axis.annotate("", corners[-1], corners[-2], arrowprops=ARROW)
+
+
 # ---------------------------------------------------------------------------- patches and windows
 
 def draw_patches(out: Path, tokens: int = 6) -> dict:
@@ -168,6 +284,68 @@ def draw_windows(out: Path, rows: int = 5, columns: int = 9) -> dict:
 
     save(figure, out / "windows.png")
     return dict(windows=windows, order=order, full=full)
+
+
+def draw_reach(out: Path, group: int = 9) -> dict:
+    """How far a change of one merge group of the demo has spread: in the tower, and in the decoder."""
+    model = load_model(TINY, "cpu", "float32")       # bfloat16 would round small changes away
+    inputs = load_processor(TINY)(question(DEMO_IMAGE))
+    _, rows, columns = (inputs["image_grid_thw"][0] // MERGE).tolist()
+    reached = [*reach_in_tower(model, inputs, group), reach_in_decoder(model, inputs, group)]
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
+    titles = ("Tower, block 0: its window", "Tower, block 1: everything", "Decoder: what comes later")
+    for axis, moved, title in zip(axes, reached, titles, strict=True):
+        for i, here in enumerate(moved.tolist()):
+            color = ORANGE if i == group else BLUE if here else "#EEEEEE"
+            cell(axis, i % columns, i // columns, i, color, ink="white" if here else "black")
+        axis.set_title(title, size=13)
+        axis.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[], aspect="equal")
+        axis.spines[:].set_visible(False)
+
+    figure.suptitle("How far does a change reach?", size=15)
+    what = f"Orange: merge group {group}, which was changed. Blue: groups whose numbers changed with it."
+    figure.supxlabel(what, size=13)
+    save(figure, out / "reach.png")
+    return dict(group=group, reached=torch.stack(reached).view(3, rows, columns))
+
+
+def reach_in_tower(model: Qwen2_5_VL, inputs: dict, group: int) -> list[Tensor]:
+    """Of each merge group, whether it has moved after block 0, and after block 1, when one has changed."""
+    grid = inputs["image_grid_thw"]
+    changed = inputs["pixel_values"].clone()
+    changed[MERGE**2 * group:MERGE**2 * (group + 1)] += 1
+
+    # What the two blocks return for the picture as it is, and changed.
+    kept = []
+    hooks = [block.register_forward_hook(lambda module, args, x: kept.append(x))
+             for block in model.visual.blocks[:2]]
+    model.visual(inputs["pixel_values"], grid)
+    model.visual(changed, grid)
+    for hook in hooks:
+        hook.remove()
+
+    # A group has moved if one of its patches has. Blocks see groups in another order.
+    order, _ = window_order(grid, MERGE, model.config.vision.window)
+    reached = []
+    for before, after in zip(kept[:2], kept[2:]):
+        moved = (before != after).view(len(order), -1).any(dim=1)
+        reached.append(moved[order.argsort()])
+    return reached
+
+
+def reach_in_decoder(model: Qwen2_5_VL, inputs: dict, group: int) -> Tensor:
+    """Of each merge group, whether the logits at its token have moved, when one token has changed."""
+    ids = inputs["input_ids"]
+    grid = inputs["image_grid_thw"]
+    picture = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
+    position_ids, _ = model.positions(ids, image_grid_thw=grid)
+
+    x = model.embed(ids, inputs["pixel_values"], grid)
+    changed = x.clone()
+    changed[0, picture[group]] += 1
+    moved = model.logits(x, position_ids) != model.logits(changed, position_ids)
+    return moved[0, picture].any(dim=1)
 
 
 # ---------------------------------------------------------------------------- positions
@@ -311,7 +489,7 @@ def draw_attention(out: Path) -> dict:
     for line, title in enumerate(("layer 3, heads 0 and 3", "all layers and heads")):
         axes[line, 0].set_ylabel(title)
         for column, n in enumerate(shown):
-            draw_map(axes[line, column], maps[line, column], words[n])
+            draw_heat(axes[line, column], maps[line, column], words[n])
     figure.suptitle("Where does tiny/ read when it writes a word?")
     figure.supxlabel(
         "Percent of the attention that writes the word, from 5 on: where it is, not what for.\n"
@@ -321,7 +499,7 @@ def draw_attention(out: Path) -> dict:
     return dict(words=words, shown=shown, maps=maps, sink=sink)
 
 
-def draw_map(axis: plt.Axes, heat: Tensor, word: str) -> None:
+def draw_heat(axis: plt.Axes, heat: Tensor, word: str) -> None:
     """The demo picture under the share of attention that each of its tokens gets, (rows, columns)."""
     rows, columns = heat.shape
     axis.imshow(open_image(DEMO_IMAGE), extent=(0, columns, rows, 0))
@@ -366,8 +544,10 @@ def draw_boxes(out: Path) -> dict:
 
 FIGURES = dict(
     first=draw_first,
+    map=draw_map,
     patches=draw_patches,
     windows=draw_windows,
+    reach=draw_reach,
     positions=draw_positions,
     time=draw_time,
     attention=draw_attention,
