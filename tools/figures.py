@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from boxes import locate, read_boxes
-from drawing import BLUE, COLORS, GRAY, ORANGE, cell, outline, rectangle, save, show, tag, write
+from drawing import BLUE, COLORS, GRAY, GREEN, ORANGE, cell, outline, rectangle, save, show, tag, write
 from figures_cards import draw_four_bits, draw_shares
 from figures_graph import draw_graph
 from scenes import COLORS as COLOR_WORDS
@@ -396,47 +396,70 @@ def draw_positions(out: Path) -> dict:
     return dict(positions=positions[:, 0], following=following.item())
 
 
-def draw_time(out: Path, seconds: int = 6) -> dict:
-    """The same seconds of video at three frame rates: frames, time positions of their pairs, text after."""
+VIDEOS = [      # frames per second, seconds, merge groups across
+    (1, 6, 1),
+    (2, 6, 1),
+    (4, 6, 1),
+    (2, 2, 6),
+]
+
+
+def video_positions(pairs: int, columns: int, interval: float) -> list[list[int]]:
+    """[time, row, column] of the tokens of a video one merge group high, and of a token of text after it."""
+    positions, _ = mrope_positions(
+        torch.tensor([[1] * pairs * columns + [0]]),
+        image_token_id=2,
+        video_token_id=1,
+        merge_size=MERGE,
+        tokens_per_second=SHARED_VISION["tokens_per_second"],
+        video_grid_thw=torch.tensor([[pairs, MERGE, MERGE * columns]]),
+        second_per_grid_ts=[interval],
+    )
+    return positions[:, 0].T.tolist()
+
+
+def draw_time(out: Path) -> dict:
+    """Videos on the axis of positions: their frames, their pairs of frames, and the text after them."""
     rate = SHARED_VISION["tokens_per_second"]
     pair = SHARED_VISION["temporal_patch_size"]
-    figure, axis = plt.subplots(figsize=(11, 5))
+    figure, axis = plt.subplots(figsize=(11, 7))
     numbers = {}
-    ticks = []
-    labels = []
-    for lane, fps in ((0, 1), (3, 2), (6, 4)):
-        # A video that is one merge group high and wide, so a token for each pair, and a token of text.
-        pairs = seconds * fps // pair
-        positions, _ = mrope_positions(
-            torch.tensor([[1] * pairs + [0]]),
-            image_token_id=2,
-            video_token_id=1,
-            merge_size=MERGE,
-            tokens_per_second=rate,
-            video_grid_thw=torch.tensor([[pairs, MERGE, MERGE]]),
-            second_per_grid_ts=[pair / fps],
-        )
-        times = positions[0, 0].tolist()
-        numbers[f"{fps} fps"] = times
+    ticks = {}
+    top = 0.0
+    for fps, seconds, columns in VIDEOS:
+        *tokens, text = video_positions(seconds * fps // pair, columns, pair / fps)
+        times = sorted({time for time, _, _ in tokens})
+        what = f"{fps} fps" if columns == 1 else f"{columns} groups wide, {fps} fps"
+        numbers[what] = dict(times=times, text=text[0])
 
         # The frames where they are in time, and under them the pairs where they are in positions.
         for frame in range(seconds * fps):
             color = (COLORS[5 + frame // pair % 2], 0.5)
             x = frame / fps * rate
-            rectangle(axis, x, lane, rate / fps, 0.9, color)
-            write(axis, x + rate / fps / 2, lane + 0.45, frame)
-        for i, time in enumerate(times[:-1]):
-            cell(axis, time, lane + 1, time, COLORS[5 + i % 2])
-        cell(axis, times[-1], lane + 1, f"text {times[-1]}", GRAY)
-        ticks += [lane + 0.45, lane + 1.5]
-        labels += [f"{fps} fps, frames", f"{fps} fps, pairs"]
+            rectangle(axis, x, top, rate / fps, 0.6, color)
+            write(axis, x + rate / fps / 2, top + 0.3, frame)
+        for i, time in enumerate(times):
+            cell(axis, time, top + 0.7, f"pair {i}\nat {time}", COLORS[5 + i % 2])
+        ticks[top + 0.3] = f"{what}: frames"
+        ticks[top + 1.2] = "pairs and text"
+
+        # Of a wide video the columns as well.
+        last = top + 0.7
+        if columns > 1:
+            last = top + 1.8
+            for column in range(columns):
+                cell(axis, column, last, f"column\nat {column}", (GREEN, 0.5))
+            ticks[top + 1.2] = "pairs"
+            ticks[last + 0.5] = "columns and text"
+        cell(axis, text[0], last, f"text\nat {text[0]}", GRAY)
+        top = last + 1.4
 
     axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel("seconds")
     axis.set(title=f"When is a frame, in positions? At the time of the first of its pair, {rate} a second",
-             xlabel="time position, from the start of the video; text resumes at one more than the largest")
-    end = seconds * rate + 2
-    axis.set(xlim=(0, end), ylim=(8.2, -0.2), xticks=range(end + 1))
-    axis.set_yticks(ticks, labels)
+             xlabel="position, from the start of the video. Text resumes at one more than the largest:\n"
+                    "mostly that is the last pair's time, in a short wide video its last column")
+    axis.set(xlim=(0, 13.2), ylim=(top - 0.2, -0.2), xticks=range(14))
+    axis.set_yticks(list(ticks), list(ticks.values()))
 
     save(figure, out / "time.png")
     return numbers
@@ -468,7 +491,6 @@ def draw_attention(out: Path) -> dict:
     inputs = processor(question(DEMO_IMAGE))
     answer = torch.cat(list(generate(model, inputs, **load_generation_config(TINY))))
     weights = weights_of(model, inputs, answer)
-    sink = weights[..., 0].mean().item()        # what the first token of the prompt gets
 
     # Up to four words: colors, or any if the answer has none.
     words = [processor.decode([i]).strip() for i in answer]
@@ -486,17 +508,17 @@ def draw_attention(out: Path) -> dict:
     maps = maps[..., picture].unflatten(2, (rows, columns))
 
     figure, axes = plt.subplots(2, len(shown), figsize=(11, 5.8), squeeze=False)
-    for line, title in enumerate(("layer 3, heads 0 and 3", "all layers and heads")):
+    for line, title in enumerate(("heads trained to point", "mean of all heads")):
         axes[line, 0].set_ylabel(title)
         for column, n in enumerate(shown):
             draw_heat(axes[line, column], maps[line, column], words[n])
     figure.suptitle("Where does tiny/ read when it writes a word?")
     figure.supxlabel(
-        "Percent of the attention that writes the word, from 5 on: where it is, not what for.\n"
-        f"Large models sink the rest into a prompt's first token; here that gets {sink:.0%}.")
+        "Percent of the attention that writes a word, from 5 on. Top: heads 0 and 3 of layer 3, which were\n"
+        "trained to point at what a word names (tools/train_tiny.py). Bottom: all heads of all layers.")
 
     save(figure, out / "attention.png")
-    return dict(words=words, shown=shown, maps=maps, sink=sink)
+    return dict(words=words, shown=shown, maps=maps)
 
 
 def draw_heat(axis: plt.Axes, heat: Tensor, word: str) -> None:
