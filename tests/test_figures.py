@@ -8,8 +8,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from generate import main
 from load_weights import load_config, load_generation_config, load_model, load_processor
 from model import Qwen2_5_VL
+from processing import open_video
 from sampling import generate
 from vision import attention_weights, eager
 
@@ -170,6 +172,20 @@ def test_attention_is_that_of_the_token_before(tmp_path, monkeypatch, prompt):
 def test_drawn_box_is_mapped_to_the_original(tmp_path):
     """Bug: boxes scaled the wrong way, or along the other axis."""
     assert figures.draw_boxes(tmp_path) == dict(box=(135, 28, 180, 138), mapped=(305, 67, 407, 329))
+
+
+def test_demo_video_is_drawn_and_answered(tmp_path, capsys):
+    """Bug: a video of another seed, at another rate, or one that the tiny checkpoint gets wrong."""
+    numbers = figures.draw_demo(tmp_path)
+    for file in (tmp_path / "demo.webp", figures.ROOT / "assets" / "demo.webp"):
+        frames, count, seconds = open_video(str(file), None)
+        assert (count, seconds) == (8, 0.5)
+        for drawn, frame in zip(numbers["frames"], frames, strict=True):
+            assert np.array_equal(np.asarray(drawn), np.asarray(frame))
+        assert file.stat().st_size < 100_000
+
+    assert main(["--video", str(file), "--prompt", numbers["question"]]) == 0
+    assert capsys.readouterr().out == f"{numbers['answer']}\n"
 
 
 def test_kernels_wait_for_python_or_for_each_other(tmp_path):

@@ -1,9 +1,11 @@
-"""Draw all figures but speed.png with the project's own functions, so that they can't come to tell something
-else. Each answers the question that is its title; the function that draws it returns the numbers in it.
+"""Draw all figures but speed.png, and the demo video, with the project's own functions, so that they can't
+come to tell something else. Each figure answers the question that is its title; the function that draws it
+returns the numbers in it.
 
     python tools/figures.py windows time    # these two, into assets/; without names all of them
 """
 
+import random
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
@@ -17,11 +19,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import scenes
 from boxes import locate, read_boxes
 from drawing import BLUE, COLORS, GRAY, GREEN, ORANGE, cell, outline, rectangle, save, show, tag, write
 from figures_cards import draw_four_bits, draw_shares
 from figures_graph import draw_graph
-from scenes import COLORS as COLOR_WORDS
 
 from generate import DEMO_IMAGE, DEMO_PROMPT
 from load_weights import SHARED_VISION, load_config, load_generation_config, load_model, load_processor
@@ -494,7 +496,7 @@ def draw_attention(out: Path) -> dict:
 
     # Up to four words: colors, or any if the answer has none.
     words = [processor.decode([i]).strip() for i in answer]
-    colored = [n for n, word in enumerate(words) if word in COLOR_WORDS]
+    colored = [n for n, word in enumerate(words) if word in scenes.COLORS]
     shown = (colored or list(range(len(words))))[:4]
 
     # In the fourth layer two heads are trained to look at the thing that a token of the answer speaks of.
@@ -564,6 +566,24 @@ def draw_boxes(out: Path) -> dict:
     return dict(box=box, mapped=mapped)
 
 
+# ---------------------------------------------------------------------------- the demo video
+
+def draw_demo(out: Path) -> dict:
+    """demo.webp: frames of shapes of which one moves, and what can be asked about it."""
+    motion = scenes.motion(random.Random(208), 224, 168, frames=8)
+    frames = motion.draw()
+    frames[0].save(
+        out / "demo.webp",
+        save_all=True,
+        append_images=frames[1:],
+        duration=1000 // scenes.FPS,
+        loop=0,
+        lossless=True,
+    )
+    asked = scenes.motion_question(motion)
+    return dict(frames=frames, question=asked.text, answer=asked.expected)
+
+
 FIGURES = dict(
     first=draw_first,
     map=draw_map,
@@ -574,6 +594,7 @@ FIGURES = dict(
     time=draw_time,
     attention=draw_attention,
     boxes=draw_boxes,
+    demo=draw_demo,
     graph=draw_graph,
     shares=draw_shares,
     four_bits=draw_four_bits,
@@ -588,7 +609,7 @@ def main() -> None:
         if name not in FIGURES:
             parser.error(f"{name}: no such figure; there are {', '.join(FIGURES)}")
         FIGURES[name](ROOT / "assets")
-        print(f"assets/{name}.png", flush=True)
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
