@@ -1,9 +1,12 @@
 """The scripts in tools/, each run as its docstring says."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import reduce
 
 import benchmark
 import boxes
@@ -11,7 +14,11 @@ import bugs
 import explain
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
+
+from load_weights import load_generation_config, load_model, load_processor
+from sampling import generate
 
 # ---------------------------------------------------------------------------- boxes
 
@@ -67,22 +74,79 @@ def test_bug_entries_are_current():
 
 # ---------------------------------------------------------------------------- explain
 
+def explained(capsys, *arguments):
+    """The page: its stages by function, the tokens of its answer, and the whole text."""
+    assert explain.main(list(arguments)) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 100
+    stages = dict(re.findall(r"^ +\d  ([\w.]+\.\w+)(?: x \d+)? +(.*)$", page, re.MULTILINE))
+    answer = re.findall(r"^ +(\d+) +(\d+)  '(.*)' +([\d.]+)%   '(.*)' +([\d.]+)%$", page, re.MULTILINE)
+    return stages, answer, page
+
+
 def test_explanation_has_this_runs_numbers(capsys):
-    """Bug: a number is another run's. The demo: 168 x 224 pixels, 12 x 16 patches, 48 tokens."""
-    assert explain.main([]) == 0
-    out = capsys.readouterr().out
-    for expected in (
-        "original: 224 x 168 pixels\n",
-        "grid: 1 x 12 x 16 patches (time, rows, columns), 48 tokens; "
-        "windows in each frame: 2 of 64 patches, 2 of 32 patches\n",
-        "prompt: 73 tokens, 48 of them",
-        "token 62 at (15, 20, 22), token 63 at (23, 23, 23)",
-        "slot 73, at position 33",
-        "1,280 bytes per token",
-        "first token: 'a' ",
+    """Bug: a number is another run's, or a function has another name now. The demo: 12 x 16 patches."""
+    stages, _, page = explained(capsys, "--prompt", "Locate the red star.")
+    for function in stages:
+        module, path = function.split(".", 1)
+        reduce(getattr, path.split("."), importlib.import_module(module))
+
+    for function, shape, what in (
+        ("processing.smart_resize", "(168, 224)", "from 168 x 224 pixels"),
+        ("processing.patchify", "(192, 1176)", "1 x 12 x 16 patches"),
+        ("vision.PatchEmbed", "(192, 128)", "a linear map of each"),
+        ("vision.window_order", "(48,)", "2 of 64, 2 of 32 patches"),
+        ("vision.VisionBlock", "(192, 128)", "whole frames in 1, 3"),
+        ("vision.PatchMerger", "(48, 192)", "2 x 2 patches to a token"),
+        ("model.Qwen2_5_VL.embed", "(1, 74, 192)", "48 of 74 are vision tokens"),
+        ("model.DecoderLayer", "(1, 74, 192)", "6 heads share 2 keys"),
+        ("model.KVCache", "(5, 1, 2, 74, 32)", "1,280 bytes per token"),
+        ("model.Qwen2_5_VL.logits", "(1, 512)", "of the last token"),
     ):
-        assert expected in out
+        line = stages[function]
+        assert line.startswith(shape + " ") and line.endswith("  " + what), line
+    for line in (
+        r"<|vision_start|><|image_pad|> x 48 <|vision_end|>Locate the red star.<|im_end|>\n",
+        "picture          15 to 62           15     15 to 20     15 to 22",
+        "the answer        from 74      from 34      from 34      from 34",
+    ):
+        assert f"      {line}\n" in page or f"    {line}\n" in page
     assert explain.main(["--image", "nowhere.png"]) == 2
+
+
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_explained_tokens_are_the_answers(medium, capsys):
+    """Bug: the probability, the slot or the position of another token; a video's at another rate."""
+    file = {"image": explain.DEMO_IMAGE, "video": explain.ROOT / "assets" / "demo.webp"}[medium]
+    prompt = {"image": "Locate the red star.", "video": "Which way does the square move?"}[medium]
+    _, answer, _ = explained(capsys, f"--{medium}", str(file), "--prompt", prompt)
+    slots, positions, texts, chances, seconds, less = zip(*answer)
+
+    # The answer, read again in one go.
+    model = load_model(TINY)
+    processor = load_processor(TINY)
+    content = [{"type": medium, medium: file}, {"type": "text", "text": prompt}]
+    inputs = processor([{"role": "user", "content": content}])
+    tokens = torch.cat(list(generate(model, inputs, **load_generation_config(TINY))))
+    T = inputs["input_ids"].shape[1]
+    whole = {name: x for name, x in inputs.items() if name != "attention_mask"}
+    whole["input_ids"] = torch.cat((inputs["input_ids"], tokens[None]), dim=1)
+    best = model(**whole)[0, T - 1:-1].float().softmax(dim=-1).topk(2)
+
+    def shown(ids):
+        return [repr(processor.tokenizer.decode([i], skip_special_tokens=False))[1:-1] for i in ids]
+
+    # What was chosen, and what came second wherever that was a near thing.
+    assert list(texts) == shown(tokens.tolist())
+    assert list(map(float, chances)) == pytest.approx((100 * best.values[:, 0]).tolist(), abs=4)
+    for text, chance, p, i in zip(seconds, less, best.values[:, 1], best.indices[:, 1], strict=True):
+        assert float(chance) == pytest.approx(100 * p.item(), abs=4)
+        assert p < 0.05 or [text] == shown([i.item()])
+
+    # Their tokens take 8 positions, for 8 columns; the video's last pair is only at 15 + 6.
+    first = T - (inputs["mm_token_type_ids"] > 0).sum().item() + 8
+    for n, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        assert (int(slot), int(position)) == (T + n, first + n)
 
 
 def test_explanation_ends_silently_with_its_reader():
