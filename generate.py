@@ -70,7 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     # Which model to ask.
     add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-3B-Instruct (default: tiny)")
-    add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
+    add("--device", default="auto", metavar="NAME",
+        help="cuda, cuda:1, cpu; mps, xpu and others untested (default: cuda if there is one, else cpu)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
     add("--attention", default="sdpa", choices=list(ATTENTIONS), help="fused kernels, or written out")
     add("--no-graph", action="store_true", help="launch kernels one by one instead of replaying a CUDA graph")

@@ -103,8 +103,9 @@ def has_kernel(linear: Int4Linear) -> bool:
     scales = linear.scales
     if scales.device.type == "cpu":
         return scales.shape[1] % 16 == 0
-    capability = torch.cuda.get_device_capability(scales.device)
-    return scales.dtype == torch.bfloat16 and capability >= (8, 0)
+    if scales.device.type != "cuda" or scales.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(scales.device) >= (8, 0)
 
 
 # ---------------------------------------------------------------------------- in a model

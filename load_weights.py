@@ -409,9 +409,9 @@ def load_model(
 ) -> Qwen2_5_VL:
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
-    path: a directory or hub id. device: "cpu", "cuda", "cuda:1"; "auto" is CUDA if there is any. dtype:
-    torch.bfloat16, torch.float32 or their names; "auto" is the checkpoint's, and bfloat16 for weights in four
-    bits. attention: "sdpa", "eager".
+    path: a directory or hub id. device: "cpu", "cuda", "cuda:1", or another that torch has here; "auto" is
+    CUDA if there is any, else the CPU. dtype: torch.bfloat16, torch.float32 or their names; "auto" is the
+    checkpoint's, and bfloat16 for weights in four bits. attention: "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
@@ -424,12 +424,16 @@ def available(
     device: str | torch.device, dtype: str | torch.dtype, attention: str
 ) -> tuple[str, str | torch.dtype, Attend]:
     """What is asked for, checked before anything large is read. ValueError for what is unavailable."""
-    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", "cuda", *cards] if cards else ["cpu"]
+    # Is there such a device, and does it keep numbers (the meta device has none)?
     if device == "auto":
-        device = "cuda" if cards else "cpu"
-    if str(device) not in devices:
-        raise ValueError(f"device {device}: not available here; use {' or '.join(devices)}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:      # each kind of device has its own
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device {device}: not available here ({reason}); use cpu, or "
+                         "leave it out") from None
+
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")

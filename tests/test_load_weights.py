@@ -348,12 +348,23 @@ def test_weights_must_be_whole_safetensors(saved):
         load_model(directory)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "xpu", "hpu", "meta", "card"])
+def test_missing_device_is_refused(device):
+    """Bugs: torch's own error after all weights have been read; a device that torch knows by another name is
+    refused without a try; on the meta device an answer of nothing.
+    """
+    with pytest.raises(ValueError, match=f"device {device}: not available here .*; use cpu, or") as error:
+        load_model("tiny", device)
+    assert "\n" not in str(error.value)
+    assert load_model("tiny", torch.device("cpu", 0)).device.type == "cpu"
+
+
 @pytest.mark.parametrize("settings, message", [
-    (dict(device="cuda:99"), "device cuda:99: not available here; use cpu"),
     (dict(attention="flash"), "attention flash: use sdpa or eager"),
+    (dict(dtype=torch.float16), "dtype torch.float16: use bfloat16 or float32; float16 overflows"),
 ])
-def test_missing_device_and_unknown_attention_are_refused(settings, message):
-    """Bug: torch's own error after all weights have been read, or another attention."""
+def test_unknown_attention_and_dtype_are_refused(settings, message):
+    """Bug: another attention, or numbers that overflow."""
     with pytest.raises(ValueError, match=message):
         load_model("tiny", **settings)
 
