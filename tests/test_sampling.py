@@ -1,6 +1,8 @@
 """Choosing, steps and the loop: answers equal Hugging Face's, token by token."""
 
 import ast
+import copy
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import (
     assert_equal,
     prompts,
 )
+from transformers.generation import logits_process as hf
 
 import sampling
 from model import KVCache, Qwen2_5_VL
@@ -119,6 +122,68 @@ def test_penalty_counts_prompt_and_answer_and_no_pads(pairs):
         assert torch.equal(ours(model, inputs, **settings)[1], answer)
 
 
+@pytest.mark.parametrize("settings", [
+    dict(repetition_penalty=1.3),
+    dict(repetition_penalty=1.3, temperature=0.9, top_k=40, top_p=0.8),
+], ids=["greedy", "sampled"])
+def test_bfloat16_logits_are_chosen_from_as_hugging_face_does(pairs, settings, monkeypatch):
+    """Bugs: penalty and temperature in bfloat16, where 1.3 is 1.297; in a batch, ids that only another row,
+    or a pad, has. Two of the three rows are padded.
+    """
+    model = copy.deepcopy(pairs("sdpa").ours).bfloat16()
+    inputs = prompts(ROWS["padded batch"])
+    tokens, logits = ours_with_logits(model, inputs, monkeypatch, max_new_tokens=24, seed=3, **settings)
+    assert logits[0].dtype == torch.bfloat16
+
+    # Hugging Face's rules, for every row by itself, without its pads.
+    rules = hf.LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.3)])
+    if "temperature" in settings:
+        rules.append(hf.TemperatureLogitsWarper(0.9))
+        rules.append(hf.TopKLogitsWarper(40))
+        rules.append(hf.TopPLogitsWarper(0.8))
+    generator = torch.Generator().manual_seed(3)
+    real = inputs["attention_mask"].bool()
+    for n, x in enumerate(logits):
+        scores = []
+        for b, ids in enumerate(inputs["input_ids"]):
+            said = torch.cat((ids[real[b]], tokens[b, :n]))
+            scores.append(rules(said[None], x[b:b + 1].float()))
+        scores = torch.cat(scores)
+
+        expected = scores.argmax(dim=-1)
+        if "temperature" in settings:
+            expected = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)[:, 0]
+        assert_equal("tokens chosen from bfloat16 logits", tokens[:, n], expected)
+
+
+def test_least_temperature_is_greedy_and_takes_the_first_of_two_equals():
+    """Bug: the published 1e-6 draws between two equally large logits."""
+    tie = torch.tensor([[1.0, 3.0, 0.0, 3.0]])
+    seen = torch.zeros_like(tie).bool()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for temperature in (0.0, 1e-6, 1e-4):
+        sampler = Sampler(temperature)
+        drawn[temperature] = {sampler(tie, seen, generator).item() for _ in range(32)}
+    assert drawn == {0.0: {1}, 1e-6: {1}, 1e-4: {1, 3}}
+
+
+def test_edges_of_top_k_and_top_p_equal_hugging_face():
+    """Bugs: a top_k above the vocabulary fails; at exactly 1 - p, or among equals, another token is kept."""
+    logits = torch.tensor([[0.125, 0.25, 0.125, 0.5]]).log()
+    seen = torch.zeros_like(logits).bool()
+    cases = [
+        (dict(top_k=5), hf.TopKLogitsWarper(5)),
+        (dict(top_k=3), hf.TopKLogitsWarper(3)),
+        (dict(top_p=0.5), hf.TopPLogitsWarper(0.5)),
+        (dict(top_p=0.75), hf.TopPLogitsWarper(0.75)),
+    ]
+    for settings, rule in cases:
+        kept = {Sampler(1.0, **settings)(logits, seen).item() for _ in range(200)}
+        expected = rule(None, logits)[0].isfinite().nonzero()[:, 0]
+        assert_equal("tokens kept at the edges of top-k and top-p", kept, set(expected.tolist()))
+
+
 def test_penalty_lowers_positive_and_negative_logits():
     """Bug: a negative logit is divided, too, which rewards it."""
     seen = torch.tensor([[True, False]])
@@ -143,6 +208,17 @@ def test_meaningless_settings_are_refused_at_once(pairs, name, values, message):
         with pytest.raises(ValueError) as error:
             generate(pairs("sdpa").ours, prompts([[9]]), **{name: value})
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_at_their_limits_are_accepted(pairs):
+    """Bug: the last token of the context, or a limit itself, is refused."""
+    model = pairs("sdpa").ours
+    for settings in (dict(max_new_tokens=128_000 - 9), dict(top_p=1.0), dict(seed=0), dict(seed=2**64 - 1)):
+        generate(model, prompts([[9]]), **settings)
+
+    # The cache is then full to its last slot.
+    inputs = prompts([[sampling.SLOTS - 8]])
+    assert ours(model, inputs, max_new_tokens=8).shape == (1, 8)
 
 
 # ---------------------------------------------------------------------------- one step
@@ -242,9 +318,10 @@ def test_tower_and_prompt_run_once(pairs, monkeypatch):
     towers = []
     logits = model.logits
 
-    def counting(x, *args, **kwargs):
+    def counting(x, position_ids, mask, cache, last_only):
         lengths.append(x.shape[1])
-        return logits(x, *args, **kwargs)
+        assert last_only and mask is None       # no logits of the prompt, no mask where there are no pads
+        return logits(x, position_ids, mask, cache, last_only)
 
     monkeypatch.setattr(model, "logits", counting)
     handle = model.visual.register_forward_hook(lambda *args: towers.append(1))
@@ -252,6 +329,36 @@ def test_tower_and_prompt_run_once(pairs, monkeypatch):
     handle.remove()
     assert lengths == [inputs["input_ids"].shape[1]] + [1] * 5
     assert len(towers) == 1
+
+
+def test_answers_do_not_disturb_each_other(pairs):
+    """Bug: a cache, a count or a position that is kept with the model: for the next answer, or for one that
+    is alive at the same time.
+    """
+    model = pairs("sdpa").ours
+    questions = [prompts(ROWS["one picture"]), prompts([[30]]), prompts(VIDEO_ROWS)]
+    alone = [list(generate(copy.deepcopy(model), inputs, 8)) for inputs in questions]
+
+    one_after_the_other = [list(generate(model, inputs, 8)) for inputs in questions]
+    assert one_after_the_other == alone
+    together = zip_longest(*(generate(model, inputs, 8) for inputs in questions))
+    assert [list(answer) for answer in zip(*together)] == alone
+
+
+def test_answer_keeps_no_gradients(pairs, monkeypatch):
+    """Bug: a model that was made to be trained keeps every step of an answer in memory."""
+    model = copy.deepcopy(pairs("sdpa").ours).requires_grad_(True)
+    _, logits = ours_with_logits(model, prompts([[9]]), monkeypatch, max_new_tokens=3)
+    assert not any(x.requires_grad for x in logits)
+
+
+def test_defaults_are_greedy_and_256_tokens(pairs):
+    """Bug: another length, or chance, where nothing is asked for."""
+    model = pairs("sdpa").ours
+    inputs = prompts([[9]])
+    tokens = ours(model, inputs)
+    assert tokens.shape == (1, 256)
+    assert torch.equal(tokens[:, :24], ours(model, inputs, max_new_tokens=24, temperature=0.0))
 
 
 # ---------------------------------------------------------------------------- where it can be used
