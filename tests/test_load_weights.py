@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import load_weights
+import vision
 from load_weights import (
     checkpoint,
     load_config,
@@ -59,7 +60,8 @@ def test_missing_keys_fall_back_on_the_published_values(tmp_path):
     full = load_config(write(tmp_path, flat("32B") | dict(vision_config=vision)))
 
     sparse = flat("32B")
-    for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id"):
+    for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id",
+                "video_token_id", "tie_word_embeddings"):
         del sparse[key]
     del sparse["vision_config"]["tokens_per_second"]
     assert load_config(write(tmp_path, sparse)) == full
@@ -80,6 +82,14 @@ def test_dialects_agree(size, tmp_path):
     assert load_config(write(tmp_path, saved)) == ours
     saved["text_config"]["tie_word_embeddings"] = saved.pop("tie_word_embeddings")
     assert load_config(write(tmp_path, saved)) == ours
+
+
+def test_channels_have_two_names(tmp_path):
+    """Bug: in_channels, as transformers 5 writes it, is passed over, and three are as good as any."""
+    vision = flat("7B")["vision_config"]
+    del vision["in_chans"]
+    config = flat("7B") | dict(vision_config=vision | dict(in_channels=1))
+    assert load_config(write(tmp_path, config)).vision.in_chans == 1
 
 
 def test_nulls_say_nothing(tmp_path):
@@ -115,6 +125,8 @@ def tower(**changes):
     (dict(rope_scaling=dict(mrope_section=[-16, 40, 40])), "mrope_section cannot be [-16, 40, 40]"),
     (tower(out_hidden_size=2048), "vision out_hidden_size 2048 must equal hidden_size 3584; compare it"),
     (tower(window_size=0), "window_size 0 must be a multiple of patch_size x spatial_merge_size, 28"),
+    (tower(window_size=100), "window_size 100 must be a multiple of patch_size x spatial_merge_size, 28"),
+    (tower(num_heads=640), "vision hidden_size 1280 must be a multiple of 4 x num_heads 640; compare it"),
     (tower(num_heads=3), "vision hidden_size 1280 must be a multiple of 4 x num_heads 3; compare it"),
     (dict(vision_config="none"), "vision_config cannot be 'none'"),
     (dict(num_hidden_layers="28"), "num_hidden_layers cannot be '28'; it must be an integer"),
@@ -217,6 +229,13 @@ def test_wrong_processor_is_refused(copy, name, content, message):
         load_processor(copy)
 
 
+def test_limits_are_the_published_ones(published):
+    """Bug: without limits in the files, those of Hugging Face's classes, or others."""
+    processor = load_processor(published[0])
+    assert (processor.min_pixels, processor.max_pixels) == (3136, 12_845_056)
+    assert (processor.video_min_pixels, processor.video_max_pixels) == (100_352, 0)
+
+
 def test_limits_must_leave_room(published):
     """Bug: no picture fits, and the first one ends in a division by zero."""
     with pytest.raises(ValueError, match="max_pixels 9: must be above 0 and at least min_pixels, -1"):
@@ -267,6 +286,15 @@ def test_model_is_ready_to_answer(saved):
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {module.attend for module in model.modules() if hasattr(module, "attend")} == {vision.eager}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()      # it would make a plan for each new length
+
+
+def test_defaults_are_the_checkpoints_own(saved):
+    """Bugs: the attention that is written out where the fused one was meant, another dtype or device."""
+    model = load_model(saved[0])
+    assert {module.attend for module in model.modules() if hasattr(module, "attend")} == {vision.sdpa}
+    assert (model.dtype, model.device.type) == (torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name, tensor, message", [
@@ -339,11 +367,12 @@ def test_weights_must_be_whole_safetensors(saved):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_model(directory)
 
-    pickle = file.rename(directory / "model.bin")
-    with pytest.raises(ValueError, match=r"only pickled weights \(model.bin\)"):
-        load_model(directory)
+    for suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        file = file.rename(directory / f"model{suffix}")
+        with pytest.raises(ValueError, match=rf"only pickled weights \(model{suffix}\)"):
+            load_model(directory)
 
-    pickle.unlink()
+    file.unlink()
     with pytest.raises(OSError, match="neither model.safetensors nor an index"):
         load_model(directory)
 

@@ -12,7 +12,9 @@ from conftest import (
     VIDEO_ROWS,
     Largest,
     assert_close,
+    assert_equal,
     make_pair,
+    noise,
     prompts,
     small_config,
     write,
@@ -20,7 +22,7 @@ from conftest import (
 from hugging_face import hf_logits
 
 import vision
-from load_weights import load_config
+from load_weights import load_config, published_name
 from model import KVCache, Qwen2_5_VL
 
 CHUNKS = (5, 3, 1, 1, 2)
@@ -100,6 +102,19 @@ def test_video_logits_equal_hugging_face_at_our_positions(pair, rows):
     assert_close("logits of videos, at our positions", pair.ours(**inputs), theirs, inputs["attention_mask"])
 
 
+def test_every_norm_has_hugging_faces_eps():
+    """Bug: 1e-5 in one of them, which shows only where embeddings are small: here by their standard deviation
+    of 0.02. The decoder's is the config's, the tower's is fixed.
+    """
+    pair = make_pair(rms_norm_eps=3e-6)
+    theirs = {published_name(name): module for name, module in pair.hf.named_modules()}
+    norms = {name: module for name, module in pair.ours.named_modules() if isinstance(module, vision.RMSNorm)}
+    assert len(norms) == 4 * 2 + 1 + 4 * 2 + 1
+    for name, norm in norms.items():
+        x = 0.02 * noise(32, len(norm.weight))
+        assert_equal("every RMSNorm of small embeddings", norm(x), theirs[name](x))
+
+
 def test_eager_equals_sdpa(pairs):
     """Bug: the attention that is written out to be read is not the one that runs."""
     for rows in (*ROWS.values(), MIXED_ROWS):
@@ -159,6 +174,10 @@ def test_full_cache_refuses_more(pairs):
         model.logits(x, p, cache=cache)
     assert cache.length == 3
 
+    # One more fits.
+    model.logits(x[:, :1], p[:, :, :1], cache=cache)
+    assert cache.length == 4
+
 
 def test_batch_equals_single(pair):
     """Bugs: pads are attended to, a row has the pixels or the positions of another. One row is text only."""
@@ -181,6 +200,12 @@ def test_prefill_makes_no_mask(pairs):
             assert model.logits(x, p, last_only=True).shape[1] == 1
         ratios.append(largest.elements / T)
     assert ratios[0] == ratios[1]
+
+    # Nor does a mask that says nothing.
+    inputs = prompts([[600]])
+    with torch.no_grad(), Largest(model) as largest:
+        model(**inputs)
+    assert largest.elements == 600 * 512        # the logits
 
 
 # ---------------------------------------------------------------------------- what goes in

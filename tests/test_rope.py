@@ -123,6 +123,48 @@ def test_video_times_go_by_the_seconds(seconds, times, after):
     assert following.tolist() == [after + 1]
 
 
+def by_the_rule(row):
+    """[time, row, column] of every token of a row of `prompts`, counted one by one."""
+    positions = []
+    for item in row:
+        start = 1 + max((max(position) for position in positions), default=-1)
+        if isinstance(item, int):
+            positions += [[start + i] * 3 for i in range(item)]
+            continue
+
+        # START, the merge groups, END.
+        positions.append([start] * 3)
+        start += 1
+        t, h, w, seconds = item if len(item) == 4 else (1, *item, 0)
+        groups = []
+        for frame in range(t):
+            for y in range(h // 2):
+                for x in range(w // 2):
+                    groups.append([start + int(frame * seconds * 2), start + y, start + x])
+        positions += groups
+        positions.append([1 + max(map(max, groups))] * 3)
+    return positions
+
+
+def test_videos_of_two_rates_equal_the_rule_written_out():
+    """Bugs: the rate of the first video, or of another row's, for all; positions of pads that count."""
+    rows = [
+        [4, (3, 4, 6, 0.5), 2, (4, 4), (5, 4, 4, 1.5), 3],
+        [2, (2, 8, 4, 2.0), 5],
+    ]
+    inputs = prompts(rows)
+    assert inputs["second_per_grid_ts"].tolist() == [0.5, 1.5, 2.0]
+    names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    ours, following = mrope_positions(**{name: inputs[name] for name in names}, **IDS)
+
+    for b, row in enumerate(rows):
+        expected = by_the_rule(row)
+        real = inputs["attention_mask"][b].bool()
+        assert_equal("positions of videos, by the rule", ours[:, b, real].T.tolist(), expected)
+        assert following[b] == 1 + max(map(max, expected))
+        assert (ours[:, b, ~real] == 0).all()
+
+
 def test_index_times_seconds_comes_first():
     """Bug: i * (seconds * speed), which truncates to another number than (i * seconds) * speed in float32."""
     ids = torch.full((1, 50), VIDEO)
@@ -138,6 +180,7 @@ def test_index_times_seconds_comes_first():
 
 @pytest.mark.parametrize("ids, grids, message", [
     ([1, 2], dict(image_grid_thw=PICTURE), "more pictures or videos than"),
+    ([1, 2], dict(video_grid_thw=PICTURE, second_per_grid_ts=[1.0]), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
     ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups needs as many"),
     ([VIDEO] * 4, dict(video_grid_thw=PICTURE), "1 videos but 0 second_per_grid_ts: pass one"),

@@ -1,7 +1,9 @@
 """The vision tower: windows, frames, items, and that it never waits for the device."""
 
 import copy
+from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import Largest, assert_close, assert_equal, noise
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
@@ -70,6 +72,14 @@ def test_items_do_not_see_each_other(pair):
     assert_close("itself: items together = alone", both[130:], second)
 
 
+def test_patches_must_be_as_many_as_the_grids_say(pairs):
+    """Bug: the patches of another picture are cut as if they were this one's."""
+    pixels, grid_thw = seeded([(1, 6, 4), (1, 4, 8)])
+    for fewer in (pixels[:-4], pixels[:24]):
+        with pytest.raises(AssertionError):
+            pairs("sdpa").ours.visual(fewer, grid_thw)
+
+
 def test_frames_do_not_see_each_other(pair):
     """Bug: the full blocks attend over a whole video."""
     pixels, grid_thw = seeded([(3, 10, 18)])
@@ -118,6 +128,22 @@ def test_norm_eps_equals_hugging_face(pair):
     pixels *= 1e-3
     theirs = pair.hf.model.visual(pixels, grid_thw=grid_thw).pooler_output
     assert_close("vision tower", pair.ours.visual(pixels, grid_thw), theirs)
+
+
+@pytest.mark.parametrize("T", [40, 1])
+def test_eager_in_bfloat16_equals_hugging_face(T):
+    """Bugs: a softmax in bfloat16, scores scaled before the product, keys repeated in turn."""
+    q = 3 * noise(2, 8, T, 32).bfloat16()
+    k, v = noise(2, 2, 2, 40, 32, seed=1).bfloat16()
+    later = torch.ones(T, 40).triu(40 - T + 1).bool()
+    mask = torch.zeros(1, 1, T, 40).masked_fill(later, -torch.inf).bfloat16()
+
+    layer = SimpleNamespace(num_key_value_groups=4, training=False)
+    theirs, weights = hf.eager_attention_forward(layer, q, k, v, mask, scaling=32**-0.5)
+    assert_equal("eager attention in bfloat16", vision.attention_weights(q, k, mask, False), weights)
+    assert_equal("eager attention in bfloat16", vision.eager(q, k, v, mask, False), theirs.transpose(1, 2))
+    if T == 40:
+        assert_equal("eager attention in bfloat16", vision.attention_weights(q, k, None, True), weights)
 
 
 def test_angles_are_float32(pairs):
