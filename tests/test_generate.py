@@ -6,16 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+import torch.nn.functional as F
+from conftest import TINY, flat, write
 from PIL import Image
 
 import generate as module
 from generate import main, stream_text
-from load_weights import load_processor
-from vision import eager
+from load_weights import load_config, load_processor
+from model import Qwen2_5_VL
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,7 +84,9 @@ def test_flags_take_effect(say, monkeypatch, tmp_path):
     inputs = asked["inputs"]
     ids = inputs["input_ids"][0].tolist()
     prompt = load_processor(TINY).tokenizer.decode(ids, skip_special_tokens=False)
-    assert "system\nBe brief." in prompt and "What is this?" in prompt
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert prompt.endswith("What is this?<|im_end|>\n<|im_start|>assistant\n")
+    assert "helpful" not in prompt
     assert inputs["mm_token_type_ids"][0].unique_consecutive().tolist() == [0, 1, 0, 1, 0, 2, 0]
     assert inputs["second_per_grid_ts"].tolist() == [0.5]
     for grid in (inputs["image_grid_thw"], inputs["video_grid_thw"]):
@@ -94,7 +98,47 @@ def test_flags_take_effect(say, monkeypatch, tmp_path):
     assert expected.items() <= asked["settings"].items()
     model = asked["model"]
     assert model.device.type == "cpu" and model.dtype == torch.float32
-    assert model.model.layers[0].self_attn.attend is eager
+
+
+def test_settings_are_the_checkpoints_unless_a_flag_says_otherwise(say, monkeypatch):
+    """Bugs: a default of another length, dtype or chance; a flag of 0, or an empty one, counts as none."""
+    asked = {}
+
+    def generate(model, inputs, **settings):
+        asked.update(model=model, inputs=inputs, settings=settings)
+        return iter([torch.tensor([5])])
+
+    monkeypatch.setattr(module, "generate", generate)
+    saved = dict(temperature=0.7, top_p=0.8, seed=5, repetition_penalty=1.2)
+    monkeypatch.setattr(module, "load_generation_config", lambda path: dict(saved))
+    assert say()[0] == 0
+    assert asked["settings"] == saved | dict(max_new_tokens=256, graph=None)
+    assert asked["model"].dtype == torch.bfloat16
+    assert asked["inputs"]["image_grid_thw"].tolist() == [[1, 12, 16]]
+
+    assert say("--temperature", "0", "--seed", "0", "--top-p", "1", "--system", "")[0] == 0
+    zeros = dict(temperature=0.0, top_p=1.0, seed=0)
+    assert asked["settings"] == saved | zeros | dict(max_new_tokens=256, graph=None)
+    prompt = load_processor(TINY).tokenizer.decode(asked["inputs"]["input_ids"][0].tolist(), False)
+    assert prompt.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+
+
+def test_the_attention_that_is_asked_for_runs(say, monkeypatch):
+    """Bug: --attention is accepted, and the other one runs: in the tower, in the decoder, or in a step."""
+    counts = []
+    fused = F.scaled_dot_product_attention
+
+    def counting(*args, **settings):
+        counts[-1] += 1
+        return fused(*args, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    for flags in ([], ["--attention", "sdpa"], ["--attention", "eager"]):
+        counts.append(0)
+        assert say("--max-new-tokens", "3", *flags)[0] == 0
+
+    # The picture has two kinds of windows, in two blocks of four; then five layers, three times.
+    assert counts == [2 * 2 + 2 + 3 * 5, 2 * 2 + 2 + 3 * 5, 0]
 
 
 def test_text_comes_in_whole_characters(published):
@@ -116,10 +160,43 @@ def test_terminal_never_obeys_the_answer(say, monkeypatch):
     """Bug: colors, cursor movements and changes of direction in an answer reach the terminal."""
     def stream_text(tokens, processor):
         assert len(list(tokens)) > 0
-        return ["red ", "\x1b[2J\u202eb\tc\r\n"]
+        return ["red ", "\x1b[2J\u202eb\tc\r\n", *obeyed, "~\xa0é\u2028"]
 
+    # C0 but tab and newline, delete, C1 (of which \x9b is an escape sequence's start), marks of direction.
+    obeyed = [chr(code) for code in range(0xa0) if not 0x20 <= code <= 0x7e and chr(code) not in "\t\n"]
+    obeyed += "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     monkeypatch.setattr(module, "stream_text", stream_text)
-    assert say()[1] == "red [2Jb\tc\n\n"
+    assert say()[1] == "red [2Jb\tc\n~\xa0é\u2028\n"
+
+
+def test_line_before_counts_the_bytes_of_the_32b(tmp_path):
+    """Bugs: bytes of another dtype, a cache without its keys or its spare slots, sides swapped."""
+    config = load_config(write(tmp_path, flat("32B")))
+    with torch.device("meta"):
+        model = Qwen2_5_VL(config).bfloat16()
+    inputs = dict(
+        input_ids=torch.zeros(1, 1000), image_grid_thw=[[1, 20, 30]], video_grid_thw=[[3, 4, 6]])
+
+    # Keys and values of 64 layers, 8 heads, 128 channels, two bytes each; 1,000 + 30 tokens in steps of 64.
+    cache = 2 * 64 * 8 * 128 * 2 * 1088
+    assert module.line_before(model, inputs, 30) == (
+        f"420x280, 84x56 in 3 steps; 1000 tokens; weights 66.905 GB, cache {cache / 1e9:.3f} GB, "
+        "torch.bfloat16 on meta")
+
+
+def test_line_after_says_what_it_took(monkeypatch):
+    """Bugs: the first token counts into the rate, kilobytes taken for a thousand bytes."""
+    used = SimpleNamespace(ru_maxrss=2_000_000)
+    monkeypatch.setattr(module.resource, "getrusage", lambda who: used)
+    times = [2.0, 2.5, 3.0]
+    for platform, peak in (("linux", "2.05"), ("darwin", "0.00")):
+        monkeypatch.setattr("sys.platform", platform)
+        assert module.line_after(0.5, times, torch.device("cpu")) == (
+            f"first token after 1.50 s, then 2 a second; 3 tokens; peak memory {peak} GB")
+
+    # One token has no rate, and Windows tells no memory.
+    monkeypatch.setattr(module, "resource", None)
+    assert module.line_after(0.5, times[:1], torch.device("cpu")) == "first token after 1.50 s; 1 tokens"
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -143,6 +220,14 @@ def test_mistake_is_one_line(argv, message, say, monkeypatch):
     assert out == ""
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("typed, asked", [
+    ("Hi\n", "Hi"), ("Hi\r\n", "Hi"), ("Hi\n\n", "Hi\n"), ("\n Hi ", "\n Hi ")])
+def test_stdin_loses_its_last_line_end_alone(typed, asked, monkeypatch):
+    """Bug: what echo adds is asked, too, or what somebody typed is not."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed, newline=""))
+    assert module.question("-") == asked
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO(" \n")], ids=["closed", "empty"])

@@ -16,7 +16,7 @@ from transformers.quantizers import quantizer_awq
 
 import generate
 import load_weights
-from int4 import Int4Linear, PackedLinear, unpack
+from int4 import Int4Linear, PackedLinear, has_kernel, unpack
 from load_weights import load_config, load_model
 
 AWQ = dict(
@@ -187,9 +187,25 @@ def test_tensors_that_do_not_fit_are_refused(saved, name, tensor, message):
 
 
 def test_groups_that_do_not_divide_are_refused():
-    """As in half of an MLP of width 29568."""
-    with pytest.raises(ValueError, match="14784 x 8192: four-bit weights come in groups of 128"):
-        Int4Linear(nn.Linear(14784, 8192, device="meta"))
+    """As in half of an MLP of width 29568; or channels that don't fill their last word."""
+    for K, N in ((14784, 8192), (128, 12)):
+        with pytest.raises(ValueError, match=f"{K} x {N}: four-bit weights come in groups of 128 x 8"):
+            Int4Linear(nn.Linear(K, N, device="meta"))
+
+
+@pytest.mark.parametrize("device, dtype, capability, N, has", [
+    ("cpu", torch.float32, None, 48, True),
+    ("cpu", torch.float32, None, 24, False),
+    ("cuda", torch.bfloat16, (8, 0), 8, True),
+    ("cuda", torch.bfloat16, (7, 5), 8, False),
+    ("cuda", torch.float32, (9, 0), 8, False),
+    ("mps", torch.bfloat16, None, 16, False),
+])
+def test_the_kernel_is_used_where_torch_has_it(device, dtype, capability, N, has, monkeypatch):
+    """Bug: a card that is too old, or a device of another kind, ends in a traceback of torch's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    scales = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(3, N))
+    assert has_kernel(SimpleNamespace(scales=scales)) == has
 
 
 # ---------------------------------------------------------------------------- Hugging Face

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from load_weights import load_processor
-from processing import patchify, smart_resize, to_original, to_resized
+from processing import patchify, sample_frames, smart_resize, to_original, to_resized
 
 RED = Image.new("RGB", (84, 56), "red")
 
@@ -43,6 +43,13 @@ def test_sizes_equal_hugging_face():
     """Bug: halves are rounded up (70 -> 84)."""
     assert smart_resize(70, 70) == (56, 56)
     assert smart_resize(100, 5000, 28, 3136, 20_000) == (28, 980)       # above max_pixels: no side under 28
+
+    # Exactly at a limit nothing changes. Without limits, those of the published checkpoints.
+    assert smart_resize(60, 50, 28, 3136, 20_000) == hf.smart_resize(60, 50, 28, 3136, 20_000) == (56, 56)
+    assert smart_resize(60, 57, 28, 784, 3136) == hf.smart_resize(60, 57, 28, 784, 3136) == (56, 56)
+    assert smart_resize(28, 5600) == hf.smart_resize(28, 5600, 28, 3136, 12_845_056) == (28, 5600)
+    assert smart_resize(10, 10) == (56, 56)
+    assert smart_resize(9000, 9000) == (3584, 3584)
 
     rng = random.Random(0)
     for _ in range(2000):
@@ -101,11 +108,12 @@ def test_modes_equal_hugging_face(processor, mode):
     assert_same_pixels(processor, picture(120, 90, mode))
 
 
-def test_transparent_color_of_a_palette_is_white(processor, tmp_path):
-    """Bug: transparency that is no channel, but a color of the palette, is painted."""
+@pytest.mark.parametrize("color", [0, 3])
+def test_transparent_color_of_a_palette_is_white(processor, tmp_path, color):
+    """Bugs: a transparent color of the palette, which is no channel, is painted; color 0 counts as none."""
     file = tmp_path / "p.png"
     source = picture(120, 90).quantize(16)
-    source.save(file, transparency=3)
+    source.save(file, transparency=color)
     assert_same_pixels(processor, file, Image.open(file))
 
     white = processor(user({"image": file}))["pixel_values"]
@@ -147,6 +155,8 @@ def test_limits_of_one_picture_are_obeyed(processor):
     """Bug: an item's own limits are ignored."""
     item = {"image": picture(300, 300), "min_pixels": 3136, "max_pixels": 10_000}
     assert processor(user(item))["image_grid_thw"].tolist() == [[1, 6, 6]]
+    item = {"image": picture(60, 60), "min_pixels": 20_000}
+    assert processor(user(item))["image_grid_thw"].tolist() == [[1, 12, 12]]
 
 
 # ---------------------------------------------------------------------------- prompts and ids
@@ -278,10 +288,17 @@ def test_neighboring_frames_share_patches(processor):
 
 
 def test_frames_of_a_folder_go_by_number(processor, tmp_path):
-    """Bug: they go by the alphabet, frame10 before frame9."""
+    """Bugs: they go by the alphabet, frame10 before frame9; what file managers hide there are frames, too; a
+    frame that lies on its side stays so.
+    """
     frames = numbered(12)
     for i, frame in enumerate(frames):
         frame.save(tmp_path / f"frame{i}.png")
+    exif = frames[5].getexif()
+    exif[0x0112] = 3
+    frames[5].rotate(180).save(tmp_path / "frame5.png", exif=exif)
+    for name in (".DS_Store", "._frame3.png", ".frame4.png.swp"):
+        (tmp_path / name).write_bytes(b"hidden")
     folder = processor(video(tmp_path, fps=2))["pixel_values_videos"]
     assert torch.equal(folder, processor(video(frames, fps=2))["pixel_values_videos"])
 
@@ -304,6 +321,16 @@ def test_animation_is_sampled_at_its_rate(processor, tmp_path, count, delay, fps
     indices = np.linspace(0, count - 1, expected).round().astype(int)
     chosen = processor(video([frames[i] for i in indices], fps=1))
     assert torch.equal(inputs["pixel_values_videos"], chosen["pixel_values_videos"])
+
+
+def test_long_animation_gives_768_frames(tmp_path):
+    """Bug: another number of frames, of which the model has never seen so many, or so few."""
+    frames = [Image.new("L", (4, 4), i % 256) for i in range(900)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=1000, lossless=True)
+    frames, count, seconds = sample_frames(tmp_path / "a.webp", fps=2)
+    assert count == 768
+    assert seconds == 900 / 768
+    assert len(list(frames)) == 768
 
 
 @pytest.mark.parametrize("n, settings, item, limits", [
@@ -331,6 +358,7 @@ def test_frames_share_a_budget_of_pixels(processor, n, settings, item, limits):
     ("bomb.png", r"bomb.png: Pillow cannot read it \(.*decompression bomb"),
     ("float.tiff", "convert it to 8 bits"),
     ("deep.png", "convert it to 8 bits"),
+    ("deep.tiff", "convert it to 8 bits"),
 ])
 def test_file_that_is_no_picture_is_refused(processor, tmp_path, monkeypatch, name, message):
     """Bugs: it ends in a traceback; pixels of 16 bits are clipped to white."""
@@ -340,6 +368,7 @@ def test_file_that_is_no_picture_is_refused(processor, tmp_path, monkeypatch, na
     Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
     Image.new("F", (60, 60)).save(tmp_path / "float.tiff")
     Image.new("I;16", (60, 60)).save(tmp_path / "deep.png")
+    Image.new("I;16B", (60, 60)).save(tmp_path / "deep.tiff")
     with pytest.raises((ValueError, OSError), match=message):
         processor(user({"image": tmp_path / name}))
 

@@ -149,6 +149,10 @@ def test_wrapper_prefix_is_shown(saved, tmp_path, prefix):
     ("typical_p", 0.9), ("stop_strings", ["."]), ("forced_eos_token_id", 5), ("guidance_scale", 1.5),
     ("encoder_repetition_penalty", 1.2), ("top_h", 0.4), ("num_return_sequences", 2),
     ("exponential_decay_length_penalty", [10, 1.1]), ("token_healing", True), ("max_time", 1.0),
+    ("num_beam_groups", 2), ("penalty_alpha", 0.6), ("dola_layers", "low"), ("constraints", [[5]]),
+    ("force_words_ids", [[5]]), ("begin_suppress_tokens", [5]), ("forced_bos_token_id", 5),
+    ("encoder_no_repeat_ngram_size", 2), ("epsilon_cutoff", 1e-3), ("eta_cutoff", 1e-3),
+    ("watermarking_config", {"bias": 2.0}),
 ])
 def test_generation_setting_is_refused_by_name(name, value, tiny):
     assert name in GenerationConfig().to_dict()
