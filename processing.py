@@ -1,15 +1,15 @@
 """A conversation becomes tensors: pictures are resized and cut into patches, the chat template is filled in,
 text is tokenized. Start here: this is the first of the seven files.
 
-A picture is cut into patches of 14 x 14 pixels. Four patches in a square are a merge group, and each merge
-group becomes one token for the decoder, a vision token. A question about a picture becomes this prompt,
+A picture is cut into patches of 14 x 14 pixels. Four patches in a square are a merge group, which becomes
+one token for the decoder, a vision token. A question about a picture becomes this prompt,
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>Describe it.<|im_end|>\\n
     <|im_start|>assistant\\n
 
-written here on three lines, with <|image_pad|> repeated once for every vision token of the picture. "HF: name"
-in a docstring names the same thing in Hugging Face's transformers.
+written here on three lines, with <|image_pad|> repeated once for every vision token of the picture. "HF:
+name" in a docstring names the same thing in Hugging Face's transformers.
 
 Read from the top: sizes, patches, the conversation as a list of parts, the processor that turns them into
 tensors. Opening pictures and frames comes last and can be skipped.

@@ -91,6 +91,22 @@ def test_table_of_published_checkpoints_is_computed(tmp_path):
             assert f"2 bytes = {per_token}." in README
 
 
+def test_table_of_sizes_is_computed(tmp_path):
+    """Bug: a size of another checkpoint, or a stale one."""
+    configs = {"tiny": load_config(ROOT / "tiny")}
+    for size in FAMILY:
+        configs[size] = load_config(write(tmp_path, flat(size)))
+
+    for size, config in configs.items():
+        tower = config.vision
+        heads = f"{config.num_attention_heads} / {config.num_key_value_heads}"
+        head = "tied" if config.tie_word_embeddings else "own"
+        blocks = f"{tower.depth}, {len(tower.fullatt_block_indexes)}"
+        row = (size, config.num_hidden_layers, config.hidden_size, heads, config.intermediate_size,
+               config.vocab_size, head, blocks, tower.hidden_size, tower.num_heads, tower.intermediate_size)
+        assert f"| {' | '.join(map(str, row))} |" in README, size
+
+
 def test_patches_are_counted_rightly():
     """Bug: the exercise of step 1 has another answer."""
     height, width = smart_resize(1080, 1920)
