@@ -254,6 +254,7 @@ def inserted(card, monkeypatch):
     """torch takes `card` for a card of this machine."""
     names = dict(
         _lazy_init=lambda: None,
+        is_available=lambda: True,
         device_count=lambda: INDEX + 1,
         max_memory_allocated=lambda device: 0,
         device=card.device,
