@@ -349,7 +349,8 @@ def number(item: dict, name: str) -> float | None:
 # What to do about a source that is not a path.
 NO_PATHS = {
     r"(?i)file:": "give the path alone, without file://",
-    r"(?i)data:|[\w+/=\s-]{400}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
+    r"(?i)data:|iVBORw0KGgo|/9j/|R0lGOD|UklGR|[\w+/=\s-]{400}":     # or how files begin in base64
+        "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
     r"(?i)[a-z][a-z\d+.-]+:/": "URLs are not fetched; download it first and give its path",
 }
 
@@ -367,22 +368,26 @@ def local_path(source: object) -> Path:
     for pattern, advice in NO_PATHS.items():
         if re.match(pattern, str(source)):
             raise ValueError(f"{str(source)[:60]}: {advice}")
-    raise OSError(f"{source}: no such file; check the path")
+    raise OSError(f"{str(source)[:150]}: no such file; check the path")
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     """Each frame of a picture file and how many seconds it is shown; one frame for a still picture."""
     if path.suffix.lower()[1:] in NOT_DECODED:
-        raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
+        raise ValueError("video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder is no picture; give it as a video with its fps, or name a file")
     try:
         with Image.open(path) as file:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more pixels than Pillow opens; shrink it first") from None
     except Exception as error:      # decoders raise anything on a broken file
-        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or save it as PNG without "
-                         "its EXIF data") from None
+        raise ValueError(f"{path}: Pillow cannot read it ({error!s:.60}); get it again, or save it as PNG "
+                         "without its EXIF data") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:
