@@ -270,11 +270,11 @@ class Processor:
         # Pictures and videos, each in the order of the whole batch.
         pictures = [medium for medium in media if medium.kind == "image"]
         if pictures:
-            inputs["pixel_values"] = self.normalize(np.concatenate([m.patches for m in pictures]))
+            inputs["pixel_values"] = self.normalize(*(medium.patches for medium in pictures))
             inputs["image_grid_thw"] = torch.tensor([m.grid for m in pictures])
         videos = [medium for medium in media if medium.kind == "video"]
         if videos:
-            inputs["pixel_values_videos"] = self.normalize(np.concatenate([m.patches for m in videos]))
+            inputs["pixel_values_videos"] = self.normalize(*(medium.patches for medium in videos))
             inputs["video_grid_thw"] = torch.tensor([m.grid for m in videos])
             inputs["second_per_grid_ts"] = torch.tensor([m.interval for m in videos])
         return inputs
@@ -326,9 +326,12 @@ class Processor:
             resized.append(np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)))
         return patchify(np.stack(resized), self.patch_size, self.temporal_patch_size, self.merge_size)
 
-    def normalize(self, patches: np.ndarray) -> torch.Tensor:
-        """Patches (N, 1176) uint8 as float32: from 0 to 1, minus the mean, divided by the deviation."""
-        x = patches.reshape(len(patches), 3, -1).astype(np.float32)     # patches, channels, the rest
+    def normalize(self, *patches: np.ndarray) -> torch.Tensor:
+        """Patches (N, 1176) uint8, of one picture or more, as float32: from 0 to 1, minus the mean, divided
+        by the deviation.
+        """
+        x = np.concatenate(patches, dtype=np.float32)       # the one copy of this size
+        x = x.reshape(len(x), 3, -1)                        # patches, channels, the rest
         x /= np.float32(255)
         x -= np.array(self.image_mean, np.float32)[:, None]
         x /= np.array(self.image_std, np.float32)[:, None]

@@ -5,8 +5,8 @@ import io
 import re
 import shutil
 import struct
-import subprocess
 import sys
+import weakref
 from decimal import Decimal
 from fractions import Fraction
 
@@ -19,6 +19,7 @@ from PIL import Image, ImageSequence
 from transformers import AutoTokenizer
 
 import generate as program
+import processing
 from load_weights import load_processor
 from processing import SOURCES
 from sampling import generate
@@ -227,29 +228,35 @@ def test_animation_given_as_frames_is_the_same(processor, tmp_path):
                        processor(user({"video": opened, "fps": 2}))["pixel_values_videos"])
 
 
-PEAK = """
-import resource, sys
-from load_weights import load_processor
-item = {"type": "video", "video": sys.argv[1], "fps": 2, "max_pixels": 784}
-load_processor("tiny")([{"role": "user", "content": [item]}])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+@pytest.mark.parametrize("kind", ["folder", "animation", "list of files", "pictures"])
+def test_frames_are_resized_as_they_are_opened(processor, kind, tmp_path, monkeypatch):
+    """Bug: all of them are opened first. While one is opened, only the one before it may be in memory."""
+    frames = [Image.new("RGB", (84, 56), (20 * i, 0, 99)) for i in range(8)]
+    files = [tmp_path / f"{i}.png" for i in range(8)]
+    for frame, file in zip(frames, files, strict=True):
+        frame.save(file)
+    frames[0].save(tmp_path.parent / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    items = {
+        "folder": [{"video": tmp_path, "fps": 2}],
+        "animation": [{"video": tmp_path.parent / "a.gif"}],
+        "list of files": [{"video": files, "fps": 2}],
+        "pictures": [{"image": file} for file in files],
+    }
 
+    opened = []
+    most = 0
 
-def test_no_more_than_one_frame_is_held_in_full(tmp_path):
-    """40 frames of 3 megapixels take 360 MB when all of them are opened before the first is resized."""
-    noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "frame.jpg", quality=30)
-    peaks = []
-    for count in (2, 40):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        for i in range(count):
-            (folder / f"{i}.jpg").hardlink_to(tmp_path / "frame.jpg")
-        result = subprocess.run([sys.executable, "-c", PEAK, folder], cwd=TINY.parent, check=True,
-                                capture_output=True, text=True)
-        peaks.append(int(result.stdout) * 1024)
-    assert peaks[1] - peaks[0] < 60e6
+    def counted(image):
+        nonlocal most
+        image = rgb(image)
+        opened.append(weakref.ref(image))
+        most = max(most, sum(reference() is not None for reference in opened))
+        return image
+
+    rgb = processing.rgb
+    monkeypatch.setattr(processing, "rgb", counted)
+    processor(user(*items[kind]))
+    assert len(opened) == 8 and most <= 2
 
 
 # ---------------------------------------------------------------------------- masks and missing pixels
