@@ -1,4 +1,6 @@
-"""The README can't rot: its commands and examples run, its names exist, its numbers are computed again."""
+"""The README can't rot: its commands and examples run, its names exist, its numbers are computed again.
+So do the examples of docs/play.md, which go on where those of the README ended.
+"""
 
 import importlib
 import re
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = " ".join(README.split())        # wherever its lines are broken
 COMMANDS = re.findall(r"^\$ (?:pip .* && )?(python (?!.*Qwen/).*)\n((?:(?![$`]).*\n)*)", README, re.MULTILINE)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PLAY = (ROOT / "docs/play.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README + PLAY, re.DOTALL)
 FILES = re.search(r"## The files, in reading order\n\n```\n(.*?)```", README, re.DOTALL)[1]
 
 
