@@ -101,7 +101,7 @@ def test_item_has_exactly_one_picture(processor, item):
 @pytest.mark.parametrize("name", ["fps", "min_pixels", "max_pixels"])
 def test_number_of_another_type_is_refused(processor, name, value):
     item = {"video": [RED, RED], "fps": 2} | {name: value}
-    assert f"{name} {value!r}: must be above 0, a number" in refusal(processor, user(item))
+    assert f"{name} {value!r}: must be a number above 0" in refusal(processor, user(item))
 
 
 def test_float_of_a_whole_value_is_a_number(processor):
@@ -127,11 +127,11 @@ FOREIGN = {
     "data URI": (f"data:image/png;base64,{ENCODED}", "decode it, and open it with Pillow"),
     "base64": (ENCODED, "decode it, and open it with Pillow"),
     "base64, URL-safe": (ENCODED.replace("+", "-").replace("/", "_"), "decode it, and open it with Pillow"),
-    "bytes": (DEMO.read_bytes(), "bytes is no path; open files, and bytes in io.BytesIO, with Image.open"),
-    "row of a data set": ({"bytes": b"", "path": None}, "dict is no path; open files, and bytes"),
-    "array": (np.zeros((56, 56, 3), np.uint8), "ndarray is no path; .* arrays with Image.fromarray"),
-    "tensor": (torch.zeros(3, 56, 56), "Tensor is no path; .* arrays with Image.fromarray"),
-    "closed file": (open(DEMO, "rb"), "BufferedReader is no path; open files"),
+    "bytes": (DEMO.read_bytes(), "bytes is not a path; open files, or bytes in io.BytesIO, with Image.open"),
+    "row of a data set": ({"bytes": b"", "path": None}, "dict is not a path; open files, or bytes"),
+    "array": (np.zeros((56, 56, 3), np.uint8), "ndarray is not a path; .* arrays with Image.fromarray"),
+    "tensor": (torch.zeros(3, 56, 56), "Tensor is not a path; .* arrays with Image.fromarray"),
+    "closed file": (open(DEMO, "rb"), "BufferedReader is not a path; open files"),
     "closed picture": (closed(), "an unreadable PIL image .* load it before closing its file"),
 }
 FOREIGN["closed file"][0].close()
@@ -148,7 +148,7 @@ def test_advice_fits_what_was_given(processor, name):
 
 def test_picture_given_as_a_video_is_told_what_a_video_is(processor):
     message = refusal(processor, user({"video": Image.open(DEMO), "fps": 2}))
-    assert "PngImageFile is no path" in message and "a video is a folder, a file or a list" in message
+    assert "PngImageFile is not a path" in message and "a video is a folder, a file or a list" in message
 
 
 def test_video_file_gets_the_way_to_frames(processor, tmp_path):
@@ -286,7 +286,7 @@ def test_mask_hides_no_picture(pairs):
     message = refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
     assert "attention_mask marks pads and cannot hide a picture" in message
     hidden[0, 7] = 1
-    assert "unmasked" in refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
+    assert "none of them masked" in refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
 
 
 # ---------------------------------------------------------------------------- the command line
