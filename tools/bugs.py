@@ -134,7 +134,7 @@ BUGS = [
               "    right = x[..., 1::2]\n"
               "    return x * cos + torch.stack((-right, left), dim=-1).flatten(-2) * sin",
         test="test_rotary_pairs_halves",
-        reported="ikawrakow/ik_llama.cpp#2290 (Mellum2, and others of text)"),
+        reported="ikawrakow/ik_llama.cpp#2290 (Mellum2 and other text models)"),
     Bug("sections interleaved", "rope.py",
         right="    angles = torch.cat(angles, dim=-1)",
         wrong="    frequencies = torch.cat(frequencies)\n"
@@ -333,7 +333,7 @@ BUGS = [
         right="[int(piece) if piece.isdecimal() else piece for piece",
         wrong="[piece for piece",
         test="test_frames_of_a_folder_go_by_number",
-        reported="roboflow/trackers#558 (trackers of objects)"),
+        reported="roboflow/trackers#558 (object trackers)"),
     Bug("boxes scaled the wrong way", "processing.py",
         right="    y = original[0] / resized[0]\n"
               "    x = original[1] / resized[1]",
@@ -356,7 +356,7 @@ BUGS = [
         right="tensors.get_tensor(name)",
         wrong="tensors.get_tensor(name).clone()",
         test="test_weights_stay_in_the_file",
-        reported="Comfy-Org/ComfyUI#11286 (models of diffusion)"),
+        reported="Comfy-Org/ComfyUI#11286 (diffusion models)"),
     Bug("head of its own passed over", "load_weights.py",
         right="and not torch.equal(",
         wrong="and torch.equal(",
