@@ -463,8 +463,8 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
     except RuntimeError as error:       # torch names what is missing, unexpected or of another shape
         reason = " ".join(str(error).split()).partition(": ")[2][:300]
         unknown = sorted(weights.keys() - model.state_dict().keys())
-        if unknown:                     # may have a wrapper's prefix
-            reason = f"its {unknown[0]} is no name of this model's; {reason}"
+        if unknown:                     # with its prefix, where a wrapper has left one
+            reason = f"its {unknown[0]} is no name of this model's"
         raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
 
     embedding = model.model.embed_tokens.weight

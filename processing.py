@@ -272,11 +272,11 @@ class Processor:
         # Pictures and videos, each in the order of the whole batch.
         pictures = [medium for medium in media if medium.kind == "image"]
         if pictures:
-            inputs["pixel_values"] = self.normalize(np.concatenate([m.patches for m in pictures]))
+            inputs["pixel_values"] = self.normalize(*(medium.patches for medium in pictures))
             inputs["image_grid_thw"] = torch.tensor([m.grid for m in pictures])
         videos = [medium for medium in media if medium.kind == "video"]
         if videos:
-            inputs["pixel_values_videos"] = self.normalize(np.concatenate([m.patches for m in videos]))
+            inputs["pixel_values_videos"] = self.normalize(*(medium.patches for medium in videos))
             inputs["video_grid_thw"] = torch.tensor([m.grid for m in videos])
             inputs["second_per_grid_ts"] = torch.tensor([m.interval for m in videos])
         return inputs
@@ -331,9 +331,12 @@ class Processor:
             resized.append(np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)))
         return patchify(np.stack(resized), self.patch_size, self.temporal_patch_size, self.merge_size)
 
-    def normalize(self, patches: np.ndarray) -> torch.Tensor:
-        """Patches (N, 1176) uint8 as float32: from 0 to 1, minus the mean, divided by the deviation."""
-        x = patches.reshape(len(patches), 3, -1).astype(np.float32)     # patches, channels, the rest
+    def normalize(self, *patches: np.ndarray) -> torch.Tensor:
+        """Patches (N, 1176) uint8, of one picture or more, as float32: from 0 to 1, minus the mean, divided
+        by the deviation.
+        """
+        x = np.concatenate(patches, dtype=np.float32)       # the one copy of this size
+        x = x.reshape(len(x), 3, -1)                        # patches, channels, the rest
         x /= np.float32(255)
         x -= np.array(self.image_mean, np.float32)[:, None]
         x /= np.array(self.image_std, np.float32)[:, None]
@@ -354,7 +357,8 @@ def number(item: dict, name: str) -> float | None:
 # What to do about a source that is not a path.
 NO_PATHS = {
     r"(?i)file:": "give the path alone, without file://",
-    r"(?i)data:|[\w+/=\s-]{400}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
+    r"(?i)data:|iVBORw0KGgo|/9j/|R0lGOD|UklGR|[\w+/=\s-]{400}":     # or how files begin in base64
+        "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
     r"(?i)[a-z][a-z\d+.-]+:/": "URLs are not fetched; download it first and give its path",
 }
 
@@ -373,22 +377,26 @@ def local_path(source: object) -> Path:
     for pattern, advice in NO_PATHS.items():
         if re.match(pattern, str(source)):
             raise ValueError(f"{str(source)[:60]}: {advice}")
-    raise OSError(f"{source}: no such file; check the path")
+    raise OSError(f"{str(source)[:150]}: no such file; check the path")
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     """Each frame of a picture file and how many seconds it is shown for; one frame for a still picture."""
     if path.suffix.lower()[1:] in NOT_DECODED:
-        raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
+        raise ValueError("video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder is not a picture; name a file, or give it as a video with fps")
     try:
         with Image.open(path) as file:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more pixels than Pillow opens; shrink it first") from None
     except Exception as error:      # decoders raise anything on a broken file
-        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or save it as PNG without "
-                         "its EXIF data") from None
+        raise ValueError(f"{path}: Pillow cannot read it ({error!s:.60}); get it again, or save it as PNG "
+                         "without its EXIF data") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:

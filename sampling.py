@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model import KVCache, Qwen2_5_VL
+from model import Config, KVCache, Qwen2_5_VL
 
 GREEDY_BELOW = 1e-5     # a lower temperature is argmax: published checkpoints say 1e-6 and mean that
 SLOT_MULTIPLE = 64      # of a cache's length: kernels want masks whose rows are aligned
@@ -127,6 +127,16 @@ def slots_needed(prompt: int, new: int) -> int:
     return math.ceil((prompt + new) / SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
+def check_length(prompt: int, new: int, config: Config) -> None:
+    """ValueError if no token is asked for, or if prompt and answer exceed the context."""
+    limit = config.max_position_embeddings
+    if new < 1:
+        raise ValueError(f"max_new_tokens {new}: must be at least 1")
+    if prompt + new > limit:
+        raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the context of {limit}: "
+                         "use fewer new tokens, or fewer or smaller pictures")
+
+
 def generate(
     model: Qwen2_5_VL,
     inputs: dict[str, Tensor],
@@ -145,15 +155,10 @@ def generate(
     """
     T = inputs["input_ids"].shape[1]
     mask = inputs.get("attention_mask", torch.ones(1, 1))
-    limit = model.config.max_position_embeddings
     if (mask[:, 1:] < mask[:, :-1]).any() or not mask[:, -1].all():
         raise ValueError("attention_mask: pads must come first in a row and nowhere else, or the answer does "
                          "not follow its prompt; pad on the left (padding_side='left')")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    if T + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of "
-                         f"{limit}: use fewer new tokens, or fewer or smaller pictures")
+    check_length(T, max_new_tokens, model.config)
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph: the model is on {model.device}, and only CUDA has graphs; leave it out")
     if graph is None:

@@ -210,7 +210,6 @@ def test_line_after_says_what_it_took(monkeypatch):
     (["--image", "a\nb.png"], "a b.png: no such file; check the path"),
     (["--model", "", "--prompt", "Hi"], ": no such directory; give a checkpoint's directory or a hub id"),
     (["--dtype", "float16"], "dtype float16: use bfloat16 or float32; float16 overflows in the vision tower"),
-    (["--max-new-tokens", "32700"], "73 tokens and 32700 new ones exceed the context of 32768: use fewer"),
 ])
 def test_mistake_is_one_line(argv, message, say, monkeypatch):
     """Bug: it ends in a traceback, in several lines, on stdout, or without a remedy."""
@@ -220,6 +219,25 @@ def test_mistake_is_one_line(argv, message, say, monkeypatch):
     assert out == ""
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
+    (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or above"),
+    (["--top-p", "2"], "top_p 2.0: must be above 0 and at most 1"),
+    (["--seed", "-1"], "seed -1: must be from 0 to 2**64 - 1"),
+    (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
+    (["--max-new-tokens", "32700"], "73 tokens and 32700 new ones exceed the context of 32768: use fewer"),
+    (["--max-pixels", "-1"], "max_pixels -1: must be above 0"),
+    (["--video", str(ROOT / "assets" / "demo.webp"), "--fps", "0"], "fps 0.0: must be above 0"),
+])
+def test_meaningless_number_costs_no_loading(argv, message, capsys):
+    """Bug: it is said after the weights have been read, which takes minutes for the 72B."""
+    def load(*args):
+        raise AssertionError("loaded")
+
+    assert main(argv, load) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed, asked", [
