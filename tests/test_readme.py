@@ -79,7 +79,7 @@ def test_named_functions_exist():
 # ---------------------------------------------------------------------------- what it computes
 
 def test_table_of_published_checkpoints_is_computed(tmp_path):
-    """Bug: a stale number of weights, of cache per 1,000 tokens, or of tokens of a picture of one megapixel."""
+    """Bug: a stale number of weights, of cache per 1,000 tokens, or of tokens of a megapixel."""
     height, width = smart_resize(1000, 1000)
     assert f"1000 x 1000 pixels has {height * width // 28**2:,} tokens" in README
 
