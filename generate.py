@@ -4,7 +4,7 @@ used together, so read `run` first; the rest is user interface.
     python generate.py --model Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --prompt "What is on the table?"
 
 Read from the top: the arguments, the conversation they stand for, what is said before and after an answer,
-text as it comes, `run`, and `main`, which turns mistakes into one line. The last file.
+text as it comes, `run`, and `main`, which turns errors into one line. The last file.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def progress(what: str) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Turns running out of memory into a mistake of the user's, with what helps."""
+    """Turns running out of memory into a user error that says what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -166,7 +166,7 @@ def line_after(start: float, times: list[float], device: torch.device) -> str:
         line += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} a second"
     line += f"; {len(times)} tokens"
 
-    # What the device, or else the process, had in use at most.
+    # The most that the device, or else the process, had in use.
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     elif resource is not None:      # in kilobytes, on macOS in bytes

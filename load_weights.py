@@ -2,8 +2,8 @@
 
 Read from the top: where the checkpoint is, the dialects of its config.json, its sampling settings, its
 processor, and its tensors: mapped into memory, without a copy, and only if every one of them fits. A key that
-is missing falls back on the value that the published checkpoints share; what a file asks for and is not
-computed here is refused by its name. A first reading can skip this file.
+is missing falls back on the value that the published checkpoints share; anything a file asks for that is not
+computed here is refused by name. A first reading can skip this file.
 
 Next: generate.py
 """
@@ -44,7 +44,7 @@ SHARED_VISION = dict(
 )
 PUBLISHED_TEMPLATE = 3459730853     # CRC-32 of the chat template that processing.py fills in
 
-# The kinds of values, as a message calls them.
+# The kinds of values, as error messages call them.
 KINDS = {
     int: "an integer from 0 up", tuple[int, ...]: "a list of integers from 0 up", dict: "an object",
     float: "a number from 0 up", tuple[float, ...]: "a list of numbers from 0 up", bool: "true or false",
@@ -122,7 +122,9 @@ def checked(path: Path, content: dict, name: str, kind: type, default: object = 
 
 
 def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> None:
-    """ValueError for a setting whose value is not among the supported ones. `path` is for the message."""
+    """ValueError for a setting whose value is not among the supported ones; with (), for any that is there.
+    `path` is for the message.
+    """
     for name, values in supported.items():
         if name in settings and settings[name] not in values:
             raise ValueError(f"{path}: {name} {settings[name]!r:.60} is not supported; use a published "
@@ -131,7 +133,7 @@ def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> No
 
 # ---------------------------------------------------------------------------- config.json
 
-# The values that are supported, of settings that may have others.
+# The supported values of settings that may have others.
 SUPPORTED = dict(
     model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
@@ -239,7 +241,7 @@ def load_generation_config(path: str | Path) -> dict:
 
 # ---------------------------------------------------------------------------- the processor
 
-# The values that are supported, of a preprocessor's and a tokenizer's settings.
+# The supported values of a preprocessor's and a tokenizer's settings.
 PICTURES = dict(
     do_convert_rgb=(True,), do_resize=(True,), resample=(3,), do_rescale=(True,), rescale_factor=(1 / 255,))
 VIDEOS = PICTURES | dict(
@@ -343,8 +345,8 @@ def load_tokenizer(file: Path, config: Config) -> Tokenizer:
 
 
 def check_tokenizer_config(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse settings of the tokenizer that are not done here, and warn of a chat template
-    that is not the published one, which is what processing.py fills in.
+    """Refuse tokenizer settings that are not supported here, and warn of a chat template that is not the
+    published one, which is what processing.py fills in.
     """
     file = path / "tokenizer_config.json"
     settings = read_json(file, optional=True)
@@ -384,7 +386,7 @@ def weight_files(path: Path) -> list[Path]:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; give bare names")
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
-            raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
+            raise OSError(f"{path}: these shards are missing: {', '.join(absent)}; download them")
         return [path / name for name in names]
 
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -463,7 +465,7 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
     with torch.device("meta"):
         model = Qwen2_5_VL(config, attend)
     weights = read_weights(path, device)
-    as_published(model, weights)
+    as_published(model, weights)        # four bits (int4.py, optional): other layers for those weights
 
     # A tied head may be stored as well, or alone, as safetensors' save_model does.
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -497,5 +499,5 @@ def ready(model: Qwen2_5_VL, dtype: str | torch.dtype) -> Qwen2_5_VL:
 
     model.to(dtype).eval().requires_grad_(False)
     pack(model)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans anew for each length: windows have many
     return model

@@ -100,7 +100,7 @@ def smart_resize(
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
     """A box of an answer, in pixels of the resized picture, mapped to the original. Sizes: height, width.
 
-    For whoever draws answers: nothing in these files calls it.
+    For whoever draws answers: nothing else in these files calls it.
     """
     y = original[0] / resized[0]
     x = original[1] / resized[1]
@@ -190,9 +190,11 @@ def item_parts(item: object) -> list[Part]:
     if sum(item.get(name) is not None for name in SOURCES[kind]) != 1:
         raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; other items have "
                          "none of them, not even as None")
+
+    # What doesn't decide the kind may be there and empty, as in the columns of a table.
     known = ("type", *SOURCES[kind], *OPTIONS[kind])
     for name, value in item.items():
-        if name not in known and value not in (None, ""):       # columns of a table may be empty
+        if name not in known and value not in (None, ""):
             raise ValueError(f"{kind} item: {name!r:.60} is not supported, only {', '.join(known)}")
 
     if kind == "text":
@@ -250,9 +252,9 @@ class Processor:
     def __call__(self, messages: list, add_generation_prompt: bool = True) -> dict[str, torch.Tensor]:
         """The model's inputs for a conversation, or for a list of them as a left-padded batch; on the CPU.
 
-        input_ids, attention_mask (B, T) int64; mm_token_type_ids (B, T) int32, 0 text, 1 picture, 2 video;
-        and if there are any pixel_values, pixel_values_videos (N, 1176) float32; image_grid_thw,
-        video_grid_thw (items, 3) int64; second_per_grid_ts (videos,) float32.
+        input_ids, attention_mask (B, T) int64; mm_token_type_ids (B, T) int32: 0 text, 1 picture, 2 video.
+        For pictures: pixel_values (N, 1176) float32, image_grid_thw (pictures, 3) int64. For videos:
+        pixel_values_videos, video_grid_thw alike, and second_per_grid_ts (videos,) float32.
         Raises ValueError for malformed messages, and ValueError or OSError for files it cannot read.
         """
         is_batch = isinstance(messages, list) and messages and isinstance(messages[0], list)
@@ -263,7 +265,7 @@ class Processor:
             rows.append(row)
             media += its_media
 
-        # Pads come first, so that the next token of every row follows its last one.
+        # Pads come first, so that in every row the next token directly follows the last real one.
         token_id = self.tokenizer.token_to_id
         T = max(map(len, rows))
         input_ids = torch.tensor([[token_id(ENDOFTEXT)] * (T - len(row)) + row for row in rows])
@@ -311,7 +313,9 @@ class Processor:
         frames, count, seconds = open_video(source, number(item, "fps"))
         low = low or self.video_min_pixels
         high = high or self.video_max_pixels
-        if not high:        # a share of the total; temporal_patch_size frames become tokens together
+
+        # A share of the total, which counts a pair of frames once; but above low, as in qwen-vl-utils.
+        if not high:
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
         low = min(low, high)        # a video's own max_pixels may be below the checkpoint's minimum
@@ -325,6 +329,7 @@ class Processor:
             size = size or frame.size
             if frame.size != size:
                 raise ValueError(f"frames of {size} and {frame.size} pixels in a video; give them one size")
+
             height, width = smart_resize(
                 frame.height, frame.width, self.patch_size * self.merge_size, low, high)
             resized.append(np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)))
@@ -349,7 +354,7 @@ def number(item: dict, name: str) -> float | None:
     value = item.get(name)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value < math.inf):
-        raise ValueError(f"{name} {value!r:.60}: must be above 0, a number")
+        raise ValueError(f"{name} {value!r:.60}: must be a number above 0")
     return value
 
 
@@ -370,9 +375,10 @@ def local_path(source: object) -> Path:
                              "the item max_pixels")
         source = source["url"]
     if not isinstance(source, str | Path):
-        raise ValueError(f"{type(source).__name__} is no path; open files, and bytes in io.BytesIO, with "
+        raise ValueError(f"{type(source).__name__} is not a path; open files, or bytes in io.BytesIO, with "
                          "Image.open, arrays with Image.fromarray; a video is a folder, a file or a list")
-    # Not by Path.exists: Path("") is the working directory, and a name that is too long raises.
+
+    # Path.exists won't do: Path("") is the working directory, and a name that is too long raises.
     if os.path.exists(source):
         return Path(source)
 
@@ -383,12 +389,12 @@ def local_path(source: object) -> Path:
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
-    """Each frame of a picture file and how many seconds it is shown; one frame for a still picture."""
+    """Each frame of a picture file and how many seconds it is shown for; one frame for a still picture."""
     if path.suffix.lower()[1:] in NOT_DECODED:
         raise ValueError("video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
     if path.is_dir():
-        raise ValueError(f"{path}: a folder is no picture; give it as a video with its fps, or name a file")
+        raise ValueError(f"{path}: a folder is not a picture; name a file, or give it as a video with fps")
     try:
         with Image.open(path) as file:
             for frame in ImageSequence.Iterator(file):
@@ -406,6 +412,7 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise ValueError(f"a picture with {image.mode} pixels (16 bits or more) would be clipped to white; "
                          "convert it to 8 bits first")
+
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -413,7 +420,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(source: object) -> Image.Image:
-    """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as it is."""
+    """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as is."""
     if isinstance(source, Image.Image):
         try:
             source.load()
@@ -444,11 +451,12 @@ def by_number(file: Path) -> list[int | str]:
 
 
 def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, float]:
-    """Frames of an animated file, evenly spaced at about fps; how many, and the seconds between them.
+    """Frames of an animated file, at even numbers apart, so many that there are about fps in a second; how
+    many, and the seconds that each stands for.
 
     The file is read twice, so that only one frame at a time is held at full size.
     """
-    # How long each frame is shown. The fallback still of an animated PNG is not part of the animation.
+    # How long each frame is shown. The first of an animated PNG may be a fallback, outside the animation.
     delays = {i: delay for i, (frame, delay) in enumerate(read_frames(path))
               if i > 0 or not frame.info.get("default_image")}
     duration = sum(delays.values())

@@ -345,8 +345,8 @@ def test_tied_head_is_the_embedding(saved):
     ("config.json", "[]", ValueError, "config.json: not a JSON object"),
     (INDEX, "{}", ValueError, "no weight_map in it; it must be an object"),
     (INDEX, '{"weight_map": {"a": "../b"}}', ValueError, "../b is not a file beside it"),
-    (INDEX, '{"weight_map": {"a": ".."}}', OSError, "shards .. are missing"),
-    (SHARD, None, OSError, f"{SHARD} are missing"),
+    (INDEX, '{"weight_map": {"a": ".."}}', OSError, "shards are missing: .."),
+    (SHARD, None, OSError, f"missing: {SHARD}"),
 ])
 def test_damaged_checkpoint_is_refused(saved, name, content, error, message):
     """Bug: it ends in a traceback, or files outside the directory are read."""

@@ -125,7 +125,7 @@ def test_item_has_exactly_one_picture(processor, item):
 @pytest.mark.parametrize("name", ["fps", "min_pixels", "max_pixels"])
 def test_number_of_another_type_is_refused(processor, name, value):
     item = {"video": [RED, RED], "fps": 2} | {name: value}
-    assert f"{name} {value!r}: must be above 0, a number" in refusal(processor, user(item))
+    assert f"{name} {value!r}: must be a number above 0" in refusal(processor, user(item))
 
 
 def test_float_of_a_whole_value_is_a_number(processor):
@@ -162,17 +162,17 @@ FOREIGN = {
     "base64": (ENCODED, DECODE),
     "base64, URL-safe": (ENCODED.replace("+", "-").replace("/", "_"), DECODE),
     **{f"base64, a small {format}": (encoded(format), DECODE) for format in ("PNG", "JPEG", "GIF", "WEBP")},
-    "bytes": (DEMO.read_bytes(), "bytes is no path; open files, and bytes in io.BytesIO, with Image.open"),
-    "row of a data set": ({"bytes": b"", "path": None}, "dict is no path; open files, and bytes"),
-    "array": (np.zeros((56, 56, 3), np.uint8), "ndarray is no path; .* arrays with Image.fromarray"),
-    "tensor": (torch.zeros(3, 56, 56), "Tensor is no path; .* arrays with Image.fromarray"),
-    "closed file": (open(DEMO, "rb"), "BufferedReader is no path; open files"),
+    "bytes": (DEMO.read_bytes(), "bytes is not a path; open files, or bytes in io.BytesIO, with Image.open"),
+    "row of a data set": ({"bytes": b"", "path": None}, "dict is not a path; open files, or bytes"),
+    "array": (np.zeros((56, 56, 3), np.uint8), "ndarray is not a path; .* arrays with Image.fromarray"),
+    "tensor": (torch.zeros(3, 56, 56), "Tensor is not a path; .* arrays with Image.fromarray"),
+    "closed file": (open(DEMO, "rb"), "BufferedReader is not a path; open files"),
     "closed picture": (closed(), "an unreadable PIL image .* load it before closing its file"),
     "None": (None, "give exactly one of image, .* none of them, not even as None"),
-    "no URL": ({"url": None}, "NoneType is no path"),
+    "no URL": ({"url": None}, "NoneType is not a path"),
     "nothing": ("", ": no such file; check the path"),
     "long path": (50 * "folder/" + "a.png", "folder/.*: no such file; check the path"),
-    "folder": (DEMO.parent, "a folder is no picture; give it as a video with its fps"),
+    "folder": (DEMO.parent, "a folder is not a picture; name a file, or give it as a video with fps"),
     "text": (TINY / "config.json", r"Pillow cannot read it \(cannot identify .*\); get it again, or"),
     **{suffix: (f"clip.{suffix}", FRAMES) for suffix in (
         "MP4 mp4 m4v mov mkv webm avi mpg mpeg wmv flv ts m2ts 3gp ogv".split())},
@@ -190,7 +190,7 @@ def test_advice_fits_what_was_given(processor, name, kind, tmp_path, monkeypatch
         (tmp_path / source).touch()
     if kind == "video":
         advice = {
-            "closed picture": "PngImageFile is no path; .* a video is a folder, a file or a list",
+            "closed picture": "PngImageFile is not a path; .* a video is a folder, a file or a list",
             "None": "give exactly one of video, .* none of them, not even as None",
             "folder": "a video needs frames and fps, the rate at which they were taken; give both",
         }.get(name, advice)
@@ -201,7 +201,7 @@ def test_advice_fits_what_was_given(processor, name, kind, tmp_path, monkeypatch
 
 def test_picture_given_as_a_video_is_told_what_a_video_is(processor):
     message = refusal(processor, user({"video": Image.open(DEMO), "fps": 2}))
-    assert "PngImageFile is no path" in message and "a video is a folder, a file or a list" in message
+    assert "PngImageFile is not a path" in message and "a video is a folder, a file or a list" in message
 
 
 def test_broken_exif_is_told_from_a_broken_picture(processor, tmp_path):
@@ -338,7 +338,7 @@ def test_mask_hides_no_picture(pairs):
     message = refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
     assert "attention_mask marks pads and cannot hide a picture" in message
     hidden[0, 7] = 1
-    assert "unmasked" in refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
+    assert "none of them masked" in refusal(pairs("sdpa").ours, **inputs | dict(attention_mask=hidden))
 
 
 # ---------------------------------------------------------------------------- the command line

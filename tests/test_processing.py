@@ -354,7 +354,7 @@ def test_frames_share_a_budget_of_pixels(processor, n, settings, item, limits):
 @pytest.mark.parametrize("name, message", [
     ("x" * 300, "x: no such file; check the path"),
     ("clip.mp4", "ffmpeg -i .*clip.mp4"),
-    ("folder", "folder: a folder is no picture; give it as a video with its fps, or name a file"),
+    ("folder", "folder: a folder is not a picture; name a file, or give it as a video with fps"),
     ("bomb.png", "bomb.png: more pixels than Pillow opens; shrink it first"),
     ("float.tiff", "convert it to 8 bits"),
     ("deep.png", "convert it to 8 bits"),
@@ -400,11 +400,11 @@ def test_cut_animation_is_refused(processor, tmp_path):
     (user({"type": "text"}), "cannot use"),
     (user({"image": "data:image/png;base64,AAAA"}), "decode it, and open it with Pillow"),
     (user({"image": "HTTPS://example.org/a.png"}), "URLs are not fetched; download it first"),
-    (user({"image": 3}), "int is no path"),
+    (user({"image": 3}), "int is not a path"),
     (user({"image": Image.new("RGB", (0, 0))}), "longer than 200:1"),
-    (user({"image": RED, "max_pixels": -1}), "max_pixels -1: must be above 0"),
-    (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be above 0"),
-    (user({"type": "video", "video": [RED], "fps": float("inf")}), "fps inf: must be above 0"),
+    (user({"image": RED, "max_pixels": -1}), "max_pixels -1: must be a number above 0"),
+    (user({"type": "video", "video": [RED], "fps": 0}), "fps 0: must be a number above 0"),
+    (user({"type": "video", "video": [RED], "fps": float("inf")}), "fps inf: must be a number above 0"),
     (user({"type": "text", "text": "\ud800"}), "half of a surrogate pair"),
 ])
 def test_malformed_conversation_is_refused(processor, messages, message):

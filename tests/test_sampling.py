@@ -217,7 +217,7 @@ def test_settings_at_their_limits_are_accepted(pairs):
         generate(model, prompts([[9]]), **settings)
 
     # The cache is then full to its last slot.
-    inputs = prompts([[sampling.SLOTS - 8]])
+    inputs = prompts([[sampling.SLOT_MULTIPLE - 8]])
     assert ours(model, inputs, max_new_tokens=8).shape == (1, 8)
 
 

@@ -108,7 +108,6 @@ def test_branch_equals_the_conversation_it_stands_for(kind):
     """Bug: a branch is trained on other ids, positions or visible tokens than the question has alone."""
     batch = batch_of(kind)
     trainer = train_tiny.Trainer(load_config(TINY), seed=0, rate=0.0)
-    trainer.model.float()
     _, row, tokens = next(place for place in batch.places if place.kind == kind)
     assert batch.is_video == (kind == "video")
     assert batch.pictures == (2 if kind == "compare" else 1)
@@ -194,6 +193,14 @@ def test_restored_trainer_takes_the_same_step():
         each.step(batch, tower_only=False, progress=0.5)
     for master, other in zip(trainer.masters, restored.masters, strict=True):
         assert torch.equal(master, other)
+
+
+def test_start_begins_with_the_checkpoints_weights(tmp_path):
+    """Bug: `--start` trains from nothing, or what it saves is not what it trained."""
+    train_tiny.train(tmp_path, seed=1, steps=1, tower_steps=1, size=2, rate=0.0, start=TINY)
+    ours = load_model(tmp_path).state_dict()
+    for name, weight in load_model(TINY).state_dict().items():
+        assert torch.equal(ours[name], weight), name
 
 
 # ---------------------------------------------------------------------------- evaluation

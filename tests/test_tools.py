@@ -111,6 +111,16 @@ def test_bug_entries_are_current():
     assert len(names) == len(bugs.BUGS)
 
 
+def test_every_bug_has_its_row_in_the_docs():
+    """Bug: docs/bugs.md names another report or test than the script, or code without commit and line."""
+    page = (bugs.ROOT / "docs" / "bugs.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted((bug.name, bugs.linked(bug.reported), bug.test) for bug in bugs.BUGS)
+
+    for link in re.findall(r"\((https://github.com/[^)]+)\)", page):
+        assert re.search(r"/issues/\d+$|/blob/([0-9a-f]{40}|v[\d.]+)/\S+#L\d+(-L\d+)?$", link), link
+
+
 # ---------------------------------------------------------------------------- explain
 
 def explained(capsys, *arguments):
