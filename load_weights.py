@@ -263,13 +263,16 @@ def load_processor(
     config = load_config(path)
     tower = config.vision
     tokenizer = load_tokenizer(path / "tokenizer.json", config)
-    check_tokenizer_config(path)
+    check_tokenizer_config(path, tokenizer)
     image_file, image = preprocessor(path, "image_processor", "preprocessor_config.json")
     video_file, video = preprocessor(path, "video_processor", "video_preprocessor_config.json")
 
     # A video is cut and normalized like a picture.
     mean = checked(image_file, image, "image_mean", tuple[float, ...], processing.IMAGE_MEAN)
     std = checked(image_file, image, "image_std", tuple[float, ...], processing.IMAGE_STD)
+    if not len(mean) == len(std) == 3 or 0 in std:
+        raise ValueError(f"{image_file}: image_mean and image_std must be three numbers each, for red, green "
+                         "and blue, and image_std's above 0")
     normalize = checked(image_file, image, "do_normalize", bool, True)
     same = dict(patch_size=(tower.patch_size,), temporal_patch_size=(tower.temporal_patch_size,),
                 merge_size=(tower.spatial_merge_size,), image_mean=(list(mean),), image_std=(list(std),),
@@ -341,18 +344,25 @@ def load_tokenizer(file: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def check_tokenizer_config(path: Path) -> None:
+def check_tokenizer_config(path: Path, tokenizer: Tokenizer) -> None:
     """Refuse tokenizer settings that are not supported here, and warn of a chat template that is not the
     published one, which is what processing.py fills in.
     """
-    settings = read_json(path / "tokenizer_config.json", optional=True)
-    refuse_others(path / "tokenizer_config.json", settings, TOKENIZER)
+    file = path / "tokenizer_config.json"
+    settings = read_json(file, optional=True)
+    refuse_others(file, settings, TOKENIZER)
+    for number, token in checked(file, settings, "added_tokens_decoder", dict, {}).items():
+        content = str(token.get("content")) if isinstance(token, dict) else str(token)
+        if str(tokenizer.token_to_id(content)) != number:
+            raise ValueError(f"{file}: {content!r:.60} is not token {number:.9} of tokenizer.json; save both "
+                             "with one tokenizer")
 
-    # In Hugging Face's order: of three places the last one wins.
+    # In Hugging Face's order: of four places the last one wins.
     template = settings.get("chat_template")
     if (path / "chat_template.jinja").exists():
         template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    template = read_json(path / "chat_template.json", optional=True).get("chat_template", template)
+    for name in ("chat_template.json", "processor_config.json"):
+        template = read_json(path / name, optional=True).get("chat_template", template)
 
     if template is not None and zlib.crc32(str(template).strip().encode()) != PUBLISHED_TEMPLATE:
         warnings.warn(f"{path}: its chat template is not the published one, which is used all the same; "
@@ -413,17 +423,18 @@ def load_model(
 
     path: a directory or hub id. device: "cpu", "cuda", "cuda:1", or another that torch has here; "auto" is
     CUDA if there is any, else the CPU. dtype: torch.bfloat16, torch.float32 or their names; "auto" is the
-    checkpoint's, and bfloat16 for weights in four bits. attention: "sdpa", "eager".
+    checkpoint's (its config.json's, or else its weights'), and bfloat16 for weights in four bits. attention:
+    "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
-    device, dtype, attend = available(device, dtype, attention)
+    device, dtype, attend = available(path, device, dtype, attention)
     return ready(read_model(path, config, device, attend), dtype)
 
 
 def available(
-    device: str | torch.device, dtype: str | torch.dtype, attention: str
+    path: Path, device: str | torch.device, dtype: str | torch.dtype, attention: str
 ) -> tuple[str, str | torch.dtype, Attend]:
     """What is asked for, checked before anything large is read. ValueError for what is unavailable."""
     # Is there such a device, and does it keep numbers (the meta device has none)?
@@ -436,6 +447,10 @@ def available(
         raise ValueError(f"device {device}: not available here ({reason}); use cpu, or "
                          "leave it out") from None
 
+    # As config.json says, under either name; four bits have no dtype of their own, see `ready`.
+    saved = read_json(path / "config.json")
+    if dtype == "auto" and "quantization_config" not in saved:
+        dtype = str(saved.get("dtype", saved.get("torch_dtype", "auto")))
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")

@@ -178,6 +178,10 @@ def check_messages(messages: object) -> None:
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | list):
             raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
+        for name, value in message.items():
+            if name not in ("role", "content") and value not in (None, "", []):
+                raise ValueError(f"message: {name!r:.60} is not supported, only role and content; pictures "
+                                 "are items of the content")
 
 
 def item_parts(item: object) -> list[Part]:
@@ -364,7 +368,11 @@ NO_PATHS = {
 
 
 def local_path(source: object) -> Path:
-    if isinstance(source, dict) and source.keys() == {"url"}:       # {"image_url": {"url": path}}
+    if isinstance(source, dict) and "url" in source:        # {"image_url": {"url": path}}
+        others = [name for name, value in source.items() if name != "url" and value is not None]
+        if others:
+            raise ValueError(f"image_url: {others[0]!r:.60} is not supported, only url; for its size, give "
+                             "the item max_pixels")
         source = source["url"]
     if not isinstance(source, str | Path):
         raise ValueError(f"{type(source).__name__} is not a path; open files, or bytes in io.BytesIO, with "

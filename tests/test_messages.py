@@ -89,6 +89,28 @@ def test_option_of_an_item_is_refused_by_name(processor, kind, name):
     assert all(source in message for source in SOURCES[kind]) and len(message) < 200
 
 
+@pytest.mark.parametrize("name, value", [
+    ("images", [DEMO]), ("image", DEMO), ("tool_calls", [{"name": "look"}]), ("reasoning_content", "Hm."),
+    ("weight", 0), ("contents", "x"),
+])
+def test_option_of_a_message_is_refused_by_name(processor, name, value):
+    """Bug: pictures beside the content, as data sets have them, are not in the prompt; nothing is said."""
+    messages = user({"text": "x"})
+    message = refusal(processor, [messages[0] | {name: value}])
+    assert message.startswith(f"message: {name!r} is not supported, only role and content; ")
+    assert len(message) <= 200
+    empty = [messages[0] | {name: None, "tools": []}]
+    assert processor.prompt(empty) == processor.prompt(messages)
+
+
+def test_option_of_an_url_is_refused_by_name(processor):
+    """Bug: the smaller picture that "detail" asks for is taken for a file, or forgotten."""
+    item = {"type": "image_url", "image_url": {"url": str(DEMO), "detail": "low"}}
+    assert "image_url: 'detail' is not supported, only url; for its size" in refusal(processor, user(item))
+    item["image_url"]["detail"] = None
+    assert processor(user(item))["image_grid_thw"].tolist() == [[1, 12, 16]]
+
+
 @pytest.mark.parametrize("item", [
     {"type": "text", "text": "x", "image": None}, {"type": "image"}, {"type": "video", "fps": 2},
     {"image": RED, "path": DEMO}, {"type": "video", "video_url": "x.gif"},

@@ -15,7 +15,12 @@ import torch
 from conftest import TINY, assert_equal, flat, make_pair, prompts, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from load_weights import load_config, load_generation_config, load_model, load_processor
@@ -141,6 +146,27 @@ def test_wrapper_prefix_is_shown(saved, tmp_path, prefix):
     assert len(str(error.value).removeprefix(str(tmp_path))) <= 160
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings", [
+    dict(dtype="float32"), dict(torch_dtype="bfloat16"), dict(dtype="bfloat16", torch_dtype="float32"), {},
+], ids=str)
+def test_dtype_is_what_the_config_says(saved, tmp_path, settings, stored):
+    """Bug: the weights' own, though the file asks for another: a merge left in float32 is to run in bfloat16.
+    """
+    weights = {name: p.to(stored) for name, p in load_file(saved[0] / "model.safetensors").items()}
+    directory = with_weights(saved, tmp_path, weights, **dict(dtype=None, torch_dtype=None) | settings)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory)
+    assert load_model(directory, device="cpu").dtype == theirs.dtype
+    assert load_model(directory, device="cpu", dtype="float32").dtype == torch.float32
+
+
+def test_float16_of_a_config_is_refused_by_name(saved, tmp_path):
+    directory = with_weights(saved, tmp_path, load_file(saved[0] / "model.safetensors"), dtype="float16")
+    with pytest.raises(ValueError, match="dtype float16: use bfloat16 or float32; float16 overflows"):
+        load_model(directory, device="cpu")
+    assert load_model(directory, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
 # ---------------------------------------------------------------------------- generation_config.json
 
 @pytest.mark.parametrize("name, value", [
@@ -251,9 +277,14 @@ def test_limits_have_two_forms(settings, expected, kind, tiny):
     (dict(max_pixels=50176.0), "max_pixels cannot be 50176.0; it must be an integer"),
     (dict(image_mean=0.5), "image_mean cannot be 0.5; it must be a list of numbers"),
     (dict(do_normalize="no"), "do_normalize cannot be 'no'; it must be true or false"),
+    (dict(image_mean=[0.5]), "image_mean and image_std must be three numbers each"),
+    (dict(image_std=[0.5, 0.5]), "image_mean and image_std must be three numbers each"),
+    (dict(image_std=[0.2, 0, 0.2]), "image_std's above 0"),
 ])
 def test_limits_are_not_guessed(settings, message, tiny):
-    """Half a size, or a number of another kind, was replaced by 16,384 tokens, or a download advised."""
+    """Half a size, or a number of another kind, was replaced by 16,384 tokens, or a download advised; one
+    mean was that of three colors.
+    """
     change(tiny, "preprocessor_config.json", min_pixels=None, max_pixels=None)
     change(tiny, "preprocessor_config.json", **settings)
     with pytest.raises(ValueError, match=message) as error:
@@ -297,27 +328,55 @@ def test_tokenizer_setting_is_refused_by_name(name, tiny):
         load_processor(tiny)
 
 
+def test_tokens_of_the_tokenizer_config_are_in_the_tokenizer(tiny):
+    """Hugging Face adds them; here an answer that has one had a hole in its place."""
+    settings = json.loads((tiny / "tokenizer_config.json").read_text())
+    added = settings["added_tokens_decoder"]
+    added["460"] = added["459"] | dict(content="<point>")
+    change(tiny, "tokenizer_config.json", added_tokens_decoder=added)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer.decode([460]) == "<point>"
+    with pytest.raises(ValueError, match="config.json: .<point>. is not token 460 of tokenizer.json"):
+        load_processor(tiny)
+
+    # As that tokenizer saves both.
+    tokenizer.save_pretrained(tiny)
+    assert load_processor(tiny).tokenizer.token_to_id("<point>") == 460
+
+
 TEMPLATE = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
 OTHER = TEMPLATE.replace("system\nYou are a helpful assistant.", "system\n")
 
 
-@pytest.mark.parametrize("name", ["chat_template.json", "chat_template.jinja", "tokenizer_config.json"])
+PLACES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json"]
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_another_template_is_said(name, tiny):
-    """In either place; a file that Hugging Face looks at later does not count."""
+    """In any place that counts: of four, Hugging Face takes the last one."""
     def put(name, template):
         if name.endswith(".jinja"):
             (tiny / name).write_text(template)
         else:
             change(tiny, name, chat_template=template)
 
+    def taken():
+        processor, _ = Qwen2_5_VLProcessor.get_processor_dict(tiny)
+        return processor.get("chat_template") or AutoTokenizer.from_pretrained(tiny).chat_template
+
     assert OTHER != TEMPLATE
     put(name, OTHER)
+    assert taken() == OTHER
     with pytest.warns(UserWarning, match="its chat template is not the published one"):
         load_processor(tiny)
 
-    put(name, TEMPLATE + "\n")
-    if name == "chat_template.json":
-        put("chat_template.jinja", OTHER)
+    # What comes before it does not count.
+    put(name, TEMPLATE)
+    for earlier in PLACES[:PLACES.index(name)]:
+        put(earlier, OTHER)
+    assert taken() == TEMPLATE
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        load_processor(tiny)
+        put(name, TEMPLATE + "\n")
         load_processor(tiny)
