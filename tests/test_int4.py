@@ -8,7 +8,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert import AutoAWQConverter
-from conftest import assert_close, assert_equal, distance, make_pair, prompts, small_config, write
+from conftest import assert_close, assert_equal, make_pair, prompts, small_config, write
+from hugging_face import distance
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration

@@ -8,6 +8,7 @@ from inspect import signature
 import pytest
 import torch
 from conftest import (
+    FAMILY,
     MIXED_ROWS,
     ROWS,
     VIDEO,
@@ -17,7 +18,9 @@ from conftest import (
     assert_equal,
     make_pair,
     noise,
+    pair_of,
     prompts,
+    shallow,
     small_config,
     write,
 )
@@ -42,11 +45,11 @@ def embedded(model, inputs):
     return given(model.embed, inputs), position_ids
 
 
-def in_chunks(model, inputs, padded=False):
-    """Logits of a prompt decoded into a cache, its last tokens in CHUNKS, the rest before in one go."""
+def in_chunks(model, inputs, padded=False, chunks=CHUNKS):
+    """Logits of a prompt decoded into a cache, its last tokens in chunks, the rest before in one go."""
     x, position_ids = embedded(model, inputs)
     B, T, _ = x.shape
-    sizes = (T - sum(CHUNKS), *CHUNKS)
+    sizes = (T - sum(chunks), *chunks)
     cache = KVCache(model.config, B, T + 3, x.device, x.dtype)
 
     out = []
@@ -58,29 +61,42 @@ def in_chunks(model, inputs, padded=False):
 
 # ---------------------------------------------------------------------------- against Hugging Face
 
+def noted_peaks(model, monkeypatch):
+    """By layer: largest weight x number of keys, for every query and head, of all that the model runs."""
+    peaks = defaultdict(list)
+
+    def noting(name, attend):
+        def noted(q, k, v, mask, causal):
+            weights = vision.attention_weights(q, k, mask, causal)
+            peaks[name].append((weights.amax(dim=-1) * k.shape[2]).flatten())
+            return attend(q, k, v, mask, causal)
+        return noted
+
+    for name, module in model.named_modules():
+        if hasattr(module, "attend"):
+            monkeypatch.setattr(module, "attend", noting(name, module.attend))
+    return peaks
+
+
 def test_attention_is_peaked(pairs, monkeypatch):
     """In every layer the median over queries and heads of largest weight x number of keys is 5 or more.
 
     Were it flat, the tests below would not see a wrong mask, window or position.
     """
-    peaks = defaultdict(list)
-
-    def watched(name):
-        def attend(q, k, v, mask, causal):
-            weights = vision.attention_weights(q, k, mask, causal)
-            peaks[name].append((weights.amax(dim=-1) * k.shape[2]).flatten())
-            return vision.eager(q, k, v, mask, causal)
-        return attend
-
     model = pairs("eager").ours
-    for name, module in model.named_modules():
-        if hasattr(module, "attend"):
-            monkeypatch.setattr(module, "attend", watched(name))
+    peaks = noted_peaks(model, monkeypatch)
     model(**prompts([[5, (24, 26), 7]]))
-
     assert len(peaks) == 8
     for values in peaks.values():
         assert torch.cat(values).median() >= 5
+
+
+def test_each_token_is_measured_by_its_own_largest_value():
+    """Bug: next to a token with large logits, an error in those of a token with small ones passes."""
+    theirs = torch.tensor([[1000.0, 1.0], [1.0, 1.0]])
+    ours = torch.tensor([[1000.0, 1.0], [1.0, 1.001]])
+    with pytest.raises(AssertionError):
+        assert_close("none", ours, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -102,6 +118,30 @@ def test_video_logits_equal_hugging_face_at_our_positions(pair, rows):
     _, position_ids = embedded(pair.ours, inputs)
     theirs = hf_logits(pair.hf, inputs, position_ids)
     assert_close("logits of videos, at our positions", pair.ours(**inputs), theirs, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_published_widths_equal_hugging_face(size, monkeypatch):
+    """Bugs: what shows at some widths alone: of heads, 80 or 128; of groups, up to 8 queries to a key.
+
+    One decoder layer, a windowed block and a full one. The last token is decoded into the cache.
+    """
+    pair = pair_of(shallow(size))
+    peaks = noted_peaks(pair.ours, monkeypatch)
+    inputs = prompts([[5, (10, 12), 7]])
+    ours = in_chunks(pair.ours, inputs, chunks=(1,))
+    assert_close("logits at the published widths", ours, hf_logits(pair.hf, inputs))
+    assert len(peaks) == 3
+    for values in peaks.values():
+        assert torch.cat(values).median() >= 5
+
+
+def test_long_prompt_equals_hugging_face(pairs):
+    """Bugs: angles that lose digits far from the start, a table of positions that ends."""
+    pair = pairs("sdpa")
+    inputs = prompts([[1300, (36, 40), 900, (24, 70), 1016]])
+    assert inputs["input_ids"].shape == (1, 4000)
+    assert_close("logits of 4,000 tokens", in_chunks(pair.ours, inputs), hf_logits(pair.hf, inputs))
 
 
 def test_every_norm_has_hugging_faces_eps():
