@@ -402,8 +402,8 @@ def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more pixels than Pillow opens; shrink it first") from None
     except Exception as error:      # decoders raise anything on a broken file
-        raise ValueError(f"{path}: Pillow cannot read it ({error!s:.60}); get it again, or save it as PNG "
-                         "without its EXIF data") from None
+        raise ValueError(f"{path}: Pillow cannot read it ({error!s:.60}); if it is a picture, get it again, "
+                         "or save it as PNG without its EXIF data") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:

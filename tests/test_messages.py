@@ -187,7 +187,7 @@ FOREIGN = {
     "nothing": ("", ": no such file; check the path"),
     "long path": (50 * "folder/" + "a.png", "folder/.*: no such file; check the path"),
     "folder": (DEMO.parent, "a folder is not a picture; name a file, or give it as a video with fps"),
-    "text": (TINY / "config.json", r"Pillow cannot read it \(cannot identify .*\); get it again, or"),
+    "text": (TINY / "config.json", r"Pillow cannot read it \(cannot identify .*\); if it is a picture, get"),
     **{suffix: (f"clip.{suffix}", FRAMES) for suffix in (
         "MP4 mp4 m4v mov mkv webm avi mpg mpeg wmv flv ts m2ts 3gp ogv".split())},
 }

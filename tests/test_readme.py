@@ -76,6 +76,26 @@ def test_named_functions_exist():
             reduce(getattr, path.split("."), importlib.import_module(module))
 
 
+def anchors(page):
+    """What can be linked to in a page: its headings, as GitHub spells them."""
+    titles = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Bug: a file or a section that has gone, or was never written."""
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
 # ---------------------------------------------------------------------------- what it computes
 
 def test_table_of_published_checkpoints_is_computed(tmp_path):
@@ -105,7 +125,7 @@ def test_table_of_sizes_is_computed(tmp_path):
         head = "tied" if config.tie_word_embeddings else "own"
         blocks = f"{tower.depth} ({len(tower.fullatt_block_indexes)})"
         row = (size, config.num_hidden_layers, config.hidden_size, heads, config.intermediate_size,
-               config.vocab_size, head, blocks, tower.hidden_size, tower.num_heads, tower.intermediate_size)
+               head, blocks, tower.hidden_size, tower.num_heads, tower.intermediate_size)
         assert f"| {' | '.join(map(str, row))} |" in README, size
 
 

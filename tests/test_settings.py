@@ -5,6 +5,7 @@ tests/data holds what the releases wrote; tests/data/save.py made them.
 """
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -85,6 +86,7 @@ def test_nested_nulls_hide_nothing(release, tiny):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(rope_scaling=dict(type="yarn", rope_type=None, factor=4.0)), "rope_type 'yarn' is not supported"),
+    (dict(rope_scaling=dict(type="default", rope_type="yarn")), "rope_type 'yarn' is not supported"),
     (dict(rope_parameters=dict(rope_type="dynamic")), "rope_type 'dynamic' is not supported"),
     (dict(layer_types=["full_attention"] * 27 + ["sliding_attention"]), r"layer_types .* is not supported"),
     (dict(quantization_config=dict(quant_method="fp8")), "quant_method 'fp8' is not supported"),
@@ -190,7 +192,10 @@ def test_generation_setting_is_refused_by_name(name, value, tiny):
 def test_neutral_generation_settings_are_accepted(tiny):
     """What a full dump of Hugging Face's defaults holds changes nothing."""
     defaults = dict(num_beams=1, typical_p=1.0, no_repeat_ngram_size=0, min_length=0, length_penalty=1.0,
-                    suppress_tokens=None, guidance_scale=None, max_length=20, use_cache=True, top_k=50)
+                    suppress_tokens=None, guidance_scale=None, max_length=20, use_cache=True, top_k=50,
+                    num_beam_groups=1, num_return_sequences=1, encoder_no_repeat_ngram_size=0, min_p=0.0,
+                    encoder_repetition_penalty=1.0, min_new_tokens=0, epsilon_cutoff=0.0, eta_cutoff=0.0,
+                    token_healing=False)
     change(tiny, "generation_config.json", **defaults)
     assert load_generation_config(tiny) == load_generation_config(TINY)
     change(tiny, "generation_config.json", do_sample="yes")
@@ -251,6 +256,12 @@ def test_video_setting_is_refused_by_name(name, value, tiny):
         load_processor(tiny)
 
 
+def test_video_settings_that_say_what_is_done_are_accepted(tiny):
+    """Bug: the rate, or the numbers of frames, by which an animation is sampled here are refused."""
+    change(tiny, "video_preprocessor_config.json", fps=2, min_frames=4, max_frames=768)
+    assert load_processor(tiny).video_min_pixels == load_processor(TINY).video_min_pixels
+
+
 @pytest.mark.parametrize("settings, expected", [
     (dict(min_pixels=3136, max_pixels=25088), (3136, 25088)),                       # by name
     (dict(size=dict(shortest_edge=784, longest_edge=15680)), (784, 15680)),         # as edges
@@ -307,10 +318,24 @@ def test_truncation_of_a_training_run_is_reset(tiny):
     assert_equal("ids of a truncating tokenizer", whole, theirs["input_ids"])
 
 
-def test_placeholders_of_another_vocabulary_are_named(tiny):
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_id"])
+def test_placeholders_of_another_vocabulary_are_named(name, tiny):
     """They were counted as missing pictures."""
-    change(tiny, "config.json", image_token_id=452)
+    change(tiny, "config.json", **{name: 452})
     with pytest.raises(ValueError, match=r"tokenizer.json: placeholders \[450, 451\] are not config.json's"):
+        load_processor(tiny)
+
+
+@pytest.mark.parametrize("token", [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+])
+def test_tokenizer_must_have_every_control_token(token, tiny):
+    """Bug: it ends in a traceback once a message has a picture."""
+    content = (tiny / "tokenizer.json").read_text()
+    assert content.count(f'"{token}"') == 1
+    (tiny / "tokenizer.json").write_text(content.replace(token, "<|other|>"))
+    with pytest.raises(ValueError, match=re.escape(f"tokenizer.json: no {token} in it; is it Qwen2.5-VL's?")):
         load_processor(tiny)
 
 

@@ -3,9 +3,11 @@ it: scenes, training, evaluation.
 """
 
 import copy
+import itertools
 import json
 import random
 import re
+import statistics
 
 import boxes
 import evaluate_tiny
@@ -14,7 +16,7 @@ import scenes
 import torch
 import train_tiny
 from conftest import TINY, assert_equal
-from hugging_face import hf_inputs
+from hugging_face import hf_inputs, hf_logits
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from load_weights import load_config, load_generation_config, load_model, load_processor
@@ -23,14 +25,22 @@ from vision import VisionConfig
 
 # ---------------------------------------------------------------------------- the checkpoint
 
+STILL = [kind for kind in scenes.KINDS if kind != "video"]
+
+
+def their_tiny(dtype, attention="sdpa"):
+    """The tiny checkpoint as Hugging Face loads it."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=dtype, attn_implementation=attention)
+    return hf.eval().requires_grad_(False)
+
+
 def test_engines_agree_about_the_tiny_checkpoint():
     """Bug: from its files we make other inputs than Hugging Face's parts, or another answer, in any token."""
     ours = load_model(TINY, dtype="float32")
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+    theirs = their_tiny(torch.float32)
     processor = load_processor(TINY)
     settings = load_generation_config(TINY)
-    still = [kind for kind in scenes.KINDS if kind != "video"]
-    questions = list(evaluate_tiny.asked(0, 10, still))
+    questions = list(evaluate_tiny.asked(0, 10, STILL))
     assert len(questions) >= 50
 
     for question, sample in questions:
@@ -41,12 +51,33 @@ def test_engines_agree_about_the_tiny_checkpoint():
         for name, value in expected.items():
             assert_equal("inputs of the tiny checkpoint", inputs[name], value)
 
-
         theirs.model.rope_deltas = None     # left over from the question before
         T = inputs["input_ids"].shape[1]
         said = theirs.generate(**inputs, max_new_tokens=256)[0, T:]
         answer = torch.cat(list(generate(ours, inputs, **settings)))
         assert_equal("tokens of the tiny checkpoint, in float32", answer, said)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bfloat16_is_as_near_to_float32_as_hugging_faces(attention):
+    """Bug: something is rounded to bfloat16 that Hugging Face keeps in float32, anywhere in the model.
+
+    The measure is the error's root mean square over all logits of a prompt, as a share of Hugging Face's.
+    """
+    ours = load_model(TINY, dtype="bfloat16", attention=attention)
+    theirs = their_tiny(torch.bfloat16, attention)
+    exact = their_tiny(torch.float32, attention)
+
+    processor = load_processor(TINY)
+    shares = []
+    for question, sample in itertools.islice(evaluate_tiny.asked(0, 16, STILL), 16):
+        inputs = processor(scenes.conversation(question, sample))
+        expected = hf_logits(exact, inputs)
+        our_error = (ours(**inputs) - expected).pow(2).mean().sqrt()
+        their_error = (hf_logits(theirs, inputs) - expected).pow(2).mean().sqrt()
+        shares.append((our_error / their_error).item())
+    assert len(shares) == 16
+    assert statistics.median(shares) <= 1.1
 
 
 def test_tiny_knows_its_shapes(tmp_path, capsys):

@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     try:
+        if Path(args.out).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{args.out}: not the name of a picture; name it, for instance, boxes.png")
+
         # Ask.
         picture = open_image(args.picture)
         path = checkpoint(args.model)
