@@ -322,11 +322,13 @@ def limits(path: Path, settings: dict, low: int, high: int) -> tuple[int, int]:
 
 def load_tokenizer(file: Path, config: Config) -> Tokenizer:
     """The tokenizer in a file; ValueError if its placeholders are not the config's."""
+    if not file.exists():
+        raise OSError(f"{file}: no such file; is the checkpoint complete? Where it has only vocab.json, save "
+                      "the tokenizer with transformers' fast class")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:      # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({error}); download it again, or save it with "
-                         "transformers' fast class") from None
+        raise ValueError(f"{file}: not a tokenizer ({error!s:.60}); download it again") from None
 
     # Never truncate or pad, whatever a training run has left in the file.
     tokenizer.no_truncation()

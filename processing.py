@@ -63,8 +63,7 @@ ROLES = ("system", "user", "assistant")
 # What an item of a message may hold: where its picture or frames are, and how they are read.
 SOURCES = dict(text=("text",), image=("image", "image_url", "path", "url"), video=("video", "path", "url"))
 OPTIONS = dict(text=(), image=("min_pixels", "max_pixels"), video=("fps", "min_pixels", "max_pixels"))
-FORM = ('write [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
-        '{"type": "text", "text": "What is this?"}]}]')
+FORM = 'write [{"role": "user", "content": [{"image": "photo.jpg"}, {"text": "What is this?"}]}]'
 
 Size = tuple[int, int]          # height, width in pixels
 Box = Sequence[float]           # x1, y1, x2, y2 in pixels
@@ -177,7 +176,7 @@ def check_messages(messages: object) -> None:
         raise ValueError(f"a conversation is a list of messages; {FORM}")
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | list):
-            raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
+            raise ValueError(f"cannot use {str(message)[:45]} as a message of {' or '.join(ROLES)}; {FORM}")
         for name, value in message.items():
             if name not in ("role", "content") and value not in (None, "", []):
                 raise ValueError(f"message: {name!r:.60} is not supported, only role and content; pictures "
@@ -214,7 +213,7 @@ def item_kind(item: object) -> str:
             return "video"
         if isinstance(item.get("text"), str):
             return "text"
-    raise ValueError(f"cannot use {str(item)[:60]!r} as content; {FORM}")
+    raise ValueError(f"cannot use {str(item)[:45]!r} as content; {FORM}")
 
 
 # ---------------------------------------------------------------------------- the processor

@@ -1,5 +1,6 @@
 """What a message asks for is done, or refused by its name; wrong inputs that nobody can see; big inputs."""
 
+import ast
 import base64
 import io
 import re
@@ -87,6 +88,19 @@ def test_option_of_an_item_is_refused_by_name(processor, kind, name):
     message = refusal(processor, user(item | {name: 8}))
     assert message.startswith(f"{kind} item: {name!r} is not supported, only type, ")
     assert all(source in message for source in SOURCES[kind]) and len(message) < 200
+
+
+@pytest.mark.parametrize("messages", [
+    "Describe it.", [], ["Describe it."], [{"role": "user", "content": 99 * "'"}, {}],
+    [{"role": "function", "content": 99 * "'"}], [{"role": "assistant", "content": None, "tool_calls": []}],
+    user(99 * "'"), user(["text", "Describe it."]), user({"type": "audio", "audio": "a.wav"}), user(None),
+])
+def test_right_form_is_shown_and_is_one(processor, messages):
+    """Bug: the form that is advised is too long to be read, or refused itself."""
+    message = refusal(processor, messages)
+    assert len(message) <= 200
+    _, _, form = message.partition("write ")
+    assert processor.prompt(ast.literal_eval(form)).count("<|image_pad|>") == 1
 
 
 @pytest.mark.parametrize("name, value", [
