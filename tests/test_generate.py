@@ -169,6 +169,19 @@ def test_terminal_never_obeys_the_answer(say, monkeypatch):
     assert say()[1] == "red [2Jb\tc\n~\xa0é\u2028\n"
 
 
+def test_answer_is_shown_as_it_comes(say, monkeypatch):
+    """Bug: it stays in a buffer, and whoever reads a pipe gets it all at once."""
+    class Pipe(io.StringIO):
+        """Notes what has arrived at every flush."""
+        def flush(self):
+            arrived.append(self.getvalue())
+
+    arrived = []
+    monkeypatch.setattr("sys.stdout", Pipe())
+    assert say()[0] == 0
+    assert len(set(arrived)) > 10
+
+
 def test_line_before_counts_the_bytes_of_the_32b(tmp_path):
     """Bugs: bytes of another dtype, a cache without its keys or its spare slots, sides swapped."""
     config = load_config(write(tmp_path, flat("32B")))
@@ -203,11 +216,13 @@ def test_line_after_says_what_it_took(monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
+    (["--temp", "1"], "unrecognized arguments: --temp 1; see python generate.py --help"),
     (["--model", "tiny"], "nothing to answer; give --prompt, --image or --video"),
     (["--fps", "2"], "--fps without --video; give --video, or leave --fps out"),
     (["--prompt", ""], "the prompt is empty; ask something"),
     (["--video", ""], ": no such file; check the path"),
     (["--image", "a\nb.png"], "a b.png: no such file; check the path"),
+    (["--image", "a\x1b[2J\x9b1mb.png"], "error: a[2J1mb.png: no such file; check the path"),
     (["--model", "", "--prompt", "Hi"], ": no such directory; give a checkpoint's directory or a hub id"),
     (["--dtype", "float16"], "dtype float16: use bfloat16 or float32; float16 overflows in the vision tower"),
 ])

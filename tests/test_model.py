@@ -226,6 +226,22 @@ def test_position_ids_must_match_the_tokens(pairs, shape):
         pairs("sdpa").ours.logits(torch.zeros(1, 3, 256), torch.zeros(shape).long())
 
 
+@pytest.mark.parametrize("cached, length", [(False, 4), (False, 6), (True, 4), (True, 9)])
+def test_mask_must_cover_the_tokens(pairs, cached, length):
+    """Bug: a mask of another prompt's length is cut, or goes on into slots that are not there."""
+    model = pairs("sdpa").ours
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32) if cached else None
+    with pytest.raises(AssertionError):
+        model.logits(torch.zeros(1, 5, 256), torch.zeros(3, 1, 5).long(), torch.ones(1, length), cache)
+
+
+def test_every_parameter_can_be_trained(pairs):
+    """Bug: the embedding is frozen, because it is made from a tensor."""
+    with torch.device("meta"):
+        model = Qwen2_5_VL(pairs("sdpa").ours.config)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_inputs_move_to_the_model(tmp_path, monkeypatch):
     """Bug: inputs of the CPU, as a processor makes them, meet a model that lies elsewhere."""
     config = load_config(write(tmp_path, small_config()))

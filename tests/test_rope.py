@@ -183,6 +183,7 @@ def test_index_times_seconds_comes_first():
     ([1, 2], dict(video_grid_thw=PICTURE, second_per_grid_ts=[1.0]), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
     ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups needs as many"),
+    ([1, 2], dict(second_per_grid_ts=[1.0]), "0 videos but 1 second_per_grid_ts: pass one"),
     ([VIDEO] * 4, dict(video_grid_thw=PICTURE), "1 videos but 0 second_per_grid_ts: pass one"),
 ])
 def test_placeholders_must_match_grids_and_seconds(ids, grids, message):

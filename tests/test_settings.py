@@ -5,6 +5,7 @@ tests/data holds what the releases wrote; tests/data/save.py made them.
 """
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -80,6 +81,7 @@ def test_nested_nulls_hide_nothing(release, tiny):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(rope_scaling=dict(type="yarn", rope_type=None, factor=4.0)), "rope_type 'yarn' is not supported"),
+    (dict(rope_scaling=dict(type="default", rope_type="yarn")), "rope_type 'yarn' is not supported"),
     (dict(rope_parameters=dict(rope_type="dynamic")), "rope_type 'dynamic' is not supported"),
     (dict(layer_types=["full_attention"] * 27 + ["sliding_attention"]), r"layer_types .* is not supported"),
     (dict(quantization_config=dict(quant_method="fp8")), "quant_method 'fp8' is not supported"),
@@ -276,10 +278,24 @@ def test_truncation_of_a_training_run_is_reset(tiny):
     assert_equal("ids of a truncating tokenizer", whole, theirs["input_ids"])
 
 
-def test_placeholders_of_another_vocabulary_are_named(tiny):
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_id"])
+def test_placeholders_of_another_vocabulary_are_named(name, tiny):
     """They were counted as missing pictures."""
-    change(tiny, "config.json", image_token_id=452)
+    change(tiny, "config.json", **{name: 452})
     with pytest.raises(ValueError, match=r"tokenizer.json: placeholders \[450, 451\] are not config.json's"):
+        load_processor(tiny)
+
+
+@pytest.mark.parametrize("token", [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+])
+def test_tokenizer_must_have_every_control_token(token, tiny):
+    """Bug: it ends in a traceback once a message has a picture."""
+    content = (tiny / "tokenizer.json").read_text()
+    assert content.count(f'"{token}"') == 1
+    (tiny / "tokenizer.json").write_text(content.replace(token, "<|other|>"))
+    with pytest.raises(ValueError, match=re.escape(f"tokenizer.json: no {token} in it; is it Qwen2.5-VL's?")):
         load_processor(tiny)
 
 

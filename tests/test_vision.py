@@ -146,6 +146,14 @@ def test_eager_in_bfloat16_equals_hugging_face(T):
         assert_equal("eager attention in bfloat16", vision.attention_weights(q, k, None, True), weights)
 
 
+def test_causal_attention_has_as_many_keys_as_queries():
+    """Bug: with keys of a cache before them, queries see the first of them only."""
+    q = noise(1, 4, 3, 8)
+    k = noise(1, 4, 5, 8)
+    with pytest.raises(AssertionError):
+        vision.eager(q, k, k, None, True)
+
+
 def test_angles_are_float32(pairs):
     """Bug: a bfloat16 block rotates its queries and keys in bfloat16."""
     attention = copy.deepcopy(pairs("sdpa").ours.visual.blocks[0].attn).bfloat16()
