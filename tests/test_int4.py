@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.quantizers import quantizer_awq
 
 import generate
+import int4
 import load_weights
 from int4 import Int4Linear, PackedLinear, has_kernel, unpack
 from load_weights import load_config, load_model
@@ -106,6 +107,28 @@ def test_the_kernel_computes_the_same(K, N, bias):
     linear = random_layer(K, N, bias).float()
     x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1))
     assert_close("four-bit kernel", PackedLinear(linear)(x), linear(x))
+
+
+class OnCuda(torch.Tensor):
+    """Says that it is on a card."""
+    device = torch.device("cuda")
+
+
+def test_the_cards_kernel_gets_two_numbers_in_a_byte(monkeypatch):
+    """Bug: the even input channel in the lower half, as on the CPU it would make no difference."""
+    given = []
+
+    def convert(halves, tiles):
+        given.append(halves)
+        return halves
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
+    monkeypatch.setattr(int4, "unpack", lambda words: unpack(words).as_subclass(OnCuda))
+    linear = random_layer(128, 8)
+    PackedLinear(linear)
+    channels = unpack(linear.qweight).T
+    assert torch.equal(given[0] // 16, channels[:, 0::2])
+    assert torch.equal(given[0] % 16, channels[:, 1::2])
 
 
 # ---------------------------------------------------------------------------- a model

@@ -178,6 +178,18 @@ def test_index_times_seconds_comes_first():
     assert not torch.equal(times, (i * (0.28 * 25)).long())
 
 
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device."""
+    device = torch.device("meta")
+
+
+def test_positions_are_where_the_ids_are():
+    """Bug: they stay on the CPU, where they were counted."""
+    ids = torch.tensor([[7, 8, 9]]).as_subclass(Elsewhere)
+    positions, following = mrope_positions(ids, **IDS)
+    assert positions.device == following.device == Elsewhere.device
+
+
 @pytest.mark.parametrize("ids, grids, message", [
     ([1, 2], dict(image_grid_thw=PICTURE), "more pictures or videos than"),
     ([1, 2], dict(video_grid_thw=PICTURE, second_per_grid_ts=[1.0]), "more pictures or videos than"),

@@ -227,6 +227,12 @@ def test_video_setting_is_refused_by_name(name, value, tiny):
         load_processor(tiny)
 
 
+def test_video_settings_that_say_what_is_done_are_accepted(tiny):
+    """Bug: the rate, or the numbers of frames, by which an animation is sampled here are refused."""
+    change(tiny, "video_preprocessor_config.json", fps=2, min_frames=4, max_frames=768)
+    assert load_processor(tiny).video_min_pixels == load_processor(TINY).video_min_pixels
+
+
 @pytest.mark.parametrize("settings, expected", [
     (dict(min_pixels=3136, max_pixels=25088), (3136, 25088)),                       # by name
     (dict(size=dict(shortest_edge=784, longest_edge=15680)), (784, 15680)),         # as edges
