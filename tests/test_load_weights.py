@@ -25,6 +25,7 @@ from load_weights import (
     published_name,
 )
 from model import Qwen2_5_VL
+from processing import Processor
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -63,7 +64,8 @@ def test_missing_keys_fall_back_on_the_published_values(tmp_path):
     for key in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "image_token_id",
                 "video_token_id", "tie_word_embeddings"):
         del sparse[key]
-    del sparse["vision_config"]["tokens_per_second"]
+    for key in ("tokens_per_second", "in_chans"):
+        del sparse["vision_config"][key]
     assert load_config(write(tmp_path, sparse)) == full
 
 
@@ -238,6 +240,7 @@ def test_limits_are_the_published_ones(published):
     processor = load_processor(published[0])
     assert (processor.min_pixels, processor.max_pixels) == (3136, 12_845_056)
     assert (processor.video_min_pixels, processor.video_max_pixels) == (100_352, 0)
+    assert Processor(processor.tokenizer, 14, 2, 2) == processor        # by itself it has the same
 
 
 def test_limits_must_leave_room(published):

@@ -166,7 +166,10 @@ def test_generation_setting_is_refused_by_name(name, value, tiny):
 def test_neutral_generation_settings_are_accepted(tiny):
     """What a full dump of Hugging Face's defaults holds changes nothing."""
     defaults = dict(num_beams=1, typical_p=1.0, no_repeat_ngram_size=0, min_length=0, length_penalty=1.0,
-                    suppress_tokens=None, guidance_scale=None, max_length=20, use_cache=True, top_k=50)
+                    suppress_tokens=None, guidance_scale=None, max_length=20, use_cache=True, top_k=50,
+                    num_beam_groups=1, num_return_sequences=1, encoder_no_repeat_ngram_size=0, min_p=0.0,
+                    encoder_repetition_penalty=1.0, min_new_tokens=0, epsilon_cutoff=0.0, eta_cutoff=0.0,
+                    token_healing=False)
     change(tiny, "generation_config.json", **defaults)
     assert load_generation_config(tiny) == load_generation_config(TINY)
     change(tiny, "generation_config.json", do_sample="yes")

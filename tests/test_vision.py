@@ -120,6 +120,13 @@ def test_norm_casts_back_before_the_weight():
     assert_equal("RMSNorm in bfloat16", ours(x), theirs(x))
 
 
+def test_new_norm_leaves_a_scale_of_1():
+    """Bug: weights that begin at zero, of which training would have to lift every one."""
+    x = 7 * noise(64, 160)
+    y = RMSNorm(160, eps=1e-6)(x)
+    assert y.pow(2).mean(dim=1).tolist() == pytest.approx([1.0] * 64)
+
+
 def test_norm_eps_equals_hugging_face(pair):
     """Bug: 1e-5, which does as well for pixels of usual size. These are so small that eps is as large as
     their squares.
