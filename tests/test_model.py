@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from inspect import signature
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import (
     MIXED_ROWS,
     ROWS,
+    VIDEO,
     VIDEO_ROWS,
     Largest,
     assert_close,
@@ -217,6 +219,28 @@ def test_placeholders_must_match_vision_tokens(pairs):
     half = inputs["pixel_values"][:260]
     with pytest.raises(ValueError, match="130 placeholders .* but their pixels make 65"):
         model.embed(inputs["input_ids"], half, torch.tensor([[1, 10, 26]]))
+
+
+def test_placeholders_of_videos_must_not_stay(pairs):
+    """Bug: without their pixels they are read as words."""
+    with pytest.raises(ValueError, match="135 placeholders .* but their pixels make 0"):
+        pairs("sdpa").ours.embed(prompts(VIDEO_ROWS)["input_ids"])
+
+
+def test_positions_go_by_the_config(pairs):
+    """Bugs: the published rate, or another of the published 2s, whatever config.json says."""
+    config = pairs("sdpa").ours.config
+    tower = replace(config.vision, spatial_merge_size=4, tokens_per_second=5)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(replace(config, vision=tower))
+
+    grid_thw = torch.tensor([[3, 8, 8]])        # three frames of 2 x 2 groups, a second each
+    ids = torch.full((1, 12), VIDEO)
+    positions, _ = model.positions(ids, video_grid_thw=grid_thw, second_per_grid_ts=[1.0])
+    time, row, column = positions[:, 0].tolist()
+    assert time == [0] * 4 + [5] * 4 + [10] * 4
+    assert row == [0, 0, 1, 1] * 3
+    assert column == [0, 1, 0, 1] * 3
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 3), (3, 1, 1), (1, 3)], ids=str)
