@@ -461,6 +461,13 @@ def test_missing_checkpoint_is_refused(name):
         load_generation_config(name)
 
 
+def test_adapter_beside_whole_weights_is_no_obstacle(saved):
+    """Bug: a checkpoint into which an adapter was merged is refused for the file that it left."""
+    directory, pair = saved
+    write(directory, {}, "adapter_config.json")
+    assert same(load_model(directory), pair.ours)
+
+
 def test_hub_gives_no_pickles(tmp_path, monkeypatch):
     """Bug: pickles are downloaded, too."""
     asked = {}
