@@ -88,7 +88,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
             return {}
         raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend it, or download it again") from None
+        raise ValueError(f"{path}: not JSON ({error}); fix it, or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object; is it another file?")
     return without_nulls(content)

@@ -305,7 +305,14 @@ def test_float16_is_not_computed_in(saved):
     directory, _ = saved
     weights = merge(directory)
     save_file({name: p.half() for name, p in weights.items()}, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        config.pop(name, None)
+    write(directory, config)
     with pytest.raises(ValueError, match="weights are torch.float16; give dtype bfloat16 or float32"):
+        load_model(directory)
+    write(directory, config | dict(dtype="float16"))
+    with pytest.raises(ValueError, match="dtype float16: use bfloat16 or float32"):
         load_model(directory)
     assert load_model(directory, dtype="float32").dtype == torch.float32
 
@@ -459,6 +466,13 @@ def test_missing_checkpoint_is_refused(name):
         checkpoint(name)
     with pytest.raises(OSError, match=message):
         load_generation_config(name)
+
+
+def test_adapter_beside_whole_weights_is_no_obstacle(saved):
+    """Bug: a checkpoint into which an adapter was merged is refused for the file that it left."""
+    directory, pair = saved
+    write(directory, {}, "adapter_config.json")
+    assert same(load_model(directory), pair.ours)
 
 
 def test_hub_gives_no_pickles(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The decoder and the whole model: parity, the cache, batches, and random mixes of everything."""
 
+import copy
 import random
 from collections import defaultdict
 from dataclasses import replace
@@ -229,6 +230,13 @@ def test_batch_equals_single(pair):
     for b, mask in enumerate(inputs["attention_mask"].bool()):
         alone = pair.ours(**prompts([rows[b]], first=b))[0]
         assert_close("itself: batch = single", together[b, mask], alone)
+
+
+def test_masks_are_in_the_models_dtype(pair):
+    """Bug: a mask in float32, which makes weights that bfloat16 values cannot be multiplied with."""
+    model = copy.deepcopy(pair.ours).bfloat16()
+    logits = model(**prompts(ROWS["padded batch"]))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
 def test_prefill_makes_no_mask(pairs):

@@ -88,6 +88,7 @@ def test_nested_nulls_hide_nothing(release, tiny):
     (dict(rope_scaling=dict(type="yarn", rope_type=None, factor=4.0)), "rope_type 'yarn' is not supported"),
     (dict(rope_scaling=dict(type="default", rope_type="yarn")), "rope_type 'yarn' is not supported"),
     (dict(rope_parameters=dict(rope_type="dynamic")), "rope_type 'dynamic' is not supported"),
+    (dict(rope_scaling=dict(type="linear")), "rope_type 'linear' is not supported"),
     (dict(layer_types=["full_attention"] * 27 + ["sliding_attention"]), r"layer_types .* is not supported"),
     (dict(quantization_config=dict(quant_method="fp8")), "quant_method 'fp8' is not supported"),
     (dict(vision_config=dict(hidden_act="gelu")), "hidden_act 'gelu' is not supported"),

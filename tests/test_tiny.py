@@ -8,9 +8,13 @@ import json
 import random
 import re
 import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import boxes
 import evaluate_tiny
+import numpy as np
 import pytest
 import scenes
 import torch
@@ -232,6 +236,24 @@ def test_start_begins_with_the_checkpoints_weights(tmp_path):
     ours = load_model(tmp_path).state_dict()
     for name, weight in load_model(TINY).state_dict().items():
         assert torch.equal(ours[name], weight), name
+
+
+def test_recipe_for_a_shape_of_your_own_draws_it():
+    """Bug: the page's two edits don't fit the file any more, or draw another shape."""
+    page = (TINY.parent / "docs" / "tiny.md").read_text(encoding="utf-8")
+    shapes, corners = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    source = Path(scenes.__file__).read_text(encoding="utf-8")
+    source, first = re.subn(r"^SHAPES = .*\n", shapes, source, flags=re.MULTILINE)
+    source, second = re.subn(r"^    else:       # a star", rf"{corners}\g<0>", source, flags=re.MULTILINE)
+    assert (first, second) == (1, 1)
+
+    edited = ModuleType("scenes_with_diamonds")
+    sys.modules[edited.__name__] = edited       # where a dataclass looks its module up
+    exec(source, edited.__dict__)
+    mask = np.asarray(edited.shape_mask("diamond", 21, smooth=False)) > 0
+    assert mask[0].sum() <= 3 and mask[10].all() and mask[20].sum() <= 3
+    assert "diamond" in {thing.shape for seed in range(9) for thing in edited.make_sample(
+        random.Random(seed), "picture", 168, 168, 4).scenes[0].things}
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -64,14 +64,20 @@ def test_box_that_cannot_be_read_costs_no_other(broken, tmp_path, capsys, monkey
 
 
 def test_boxes_are_said_although_they_cannot_be_drawn(tmp_path, capsys, monkeypatch):
-    """Bug: minutes of a large model are lost to a suffix that Pillow doesn't know, or a folder that isn't."""
+    """Bug: minutes of a large model are lost to a folder that isn't there."""
     answer = '[{"bbox_2d": [10, 20, 50, 60], "label": "thing"}]'
     monkeypatch.setattr(boxes, "locate", lambda *args, **settings: (answer, (168, 224)))
-    for name in ("boxes.nothing", "no/folder/boxes.png"):
-        assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(tmp_path / name)]) == 2
-        said = capsys.readouterr()
-        assert said.out == "thing: 10, 20, 50, 60\n"
-        assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(tmp_path / "no" / "boxes.png")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "thing: 10, 20, 50, 60\n"
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+def test_name_that_is_no_pictures_costs_no_answer(tmp_path, capsys, monkeypatch):
+    """Bug: minutes of a large model pass before a suffix is met that Pillow doesn't know."""
+    monkeypatch.setattr(boxes, "locate", None)
+    assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(tmp_path / "boxes")]) == 2
+    assert "boxes: not the name of a picture; name it, for instance, boxes.png" in capsys.readouterr().err
 
 
 def test_boxes_are_drawn_in_original_pixels(tmp_path, capsys, monkeypatch):
@@ -141,7 +147,7 @@ def test_explanation_has_this_runs_numbers(capsys):
         reduce(getattr, path.split("."), importlib.import_module(module))
 
     for function, shape, what in (
-        ("processing.smart_resize", "(168, 224)", "from 168 x 224 pixels"),
+        ("processing.smart_resize", "(168, 224)", "from 224 x 168 pixels"),
         ("processing.patchify", "(192, 1176)", "1 x 12 x 16 patches"),
         ("vision.PatchEmbed", "(192, 128)", "a linear map of each"),
         ("vision.window_order", "(48,)", "2 of 64, 2 of 32 patches"),
