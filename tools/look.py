@@ -4,9 +4,9 @@
     python tools/look.py --image photo.jpg --prompt "What is this?" -o look.html \\
         --model Qwen/Qwen2.5-VL-3B-Instruct --max-pixels 300000
 
-One HTML file, which opens from disk and asks for nothing else. The numbers are made here, tools/look.html
-shows them. Read from the top: attention, kept while it happens; the answer's chances; all that the page is
-told; the page. What is too much for a page is left out, heads first, and the page names it.
+One HTML file, which opens from disk and asks for nothing else. The numbers are made here; tools/look.html
+shows them. Read from the top: attention, kept while it happens; the tokens of the answer; what the page is
+told; the page. What is too much for a page is left out, single heads first, and the page says so.
 
 Shapes: B windows or 1, H heads, T queries, S keys.
 """
@@ -16,7 +16,7 @@ import io
 import json
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from functools import partial
 from html import escape
@@ -40,8 +40,8 @@ from rope import vision_positions
 from vision import attention_weights, window_order
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-WHOLE = 65535                   # parts that a row of attention adds up to
-BUDGET = 16_000_000             # bytes of attention, for the tower and for the decoder
+PARTS = 65535                   # a row of attention adds up to it
+BUDGET = 16_000_000             # bytes of attention that are kept, of the tower and of the decoder
 QUERIES = 256                   # patches whose attention is computed at a time
 RUNNERS_UP = 5
 TRAINED = [(3, 0), (3, 3)]      # layer and head, in tiny/: they were trained to point (tools/train_tiny.py)
@@ -49,15 +49,14 @@ TRAINED = [(3, 0), (3, 3)]      # layer and head, in tiny/: they were trained to
 
 # ---------------------------------------------------------------------------- attention
 
-def between_groups(count: int, q: Tensor, k: Tensor) -> Tensor:
-    """Attention from merge groups of `count` patches to merge groups, (B, H, T / count, S / count).
-
-    The mean of what the patches of a group take; of the patches that they take it from, the sum.
+def between_groups(size: int, q: Tensor, k: Tensor) -> Tensor:
+    """Attention between merge groups of `size` patches, (B, H, T / size, S / size): the mean of what the
+    patches of a group take, and the sum over those that they take it from.
     """
     rows = []
     for part in q.split(QUERIES, dim=2):
         weights = attention_weights(part.float(), k.float(), None, False)
-        rows.append(weights.unflatten(3, (-1, count)).sum(dim=4).unflatten(2, (-1, count)).mean(dim=3))
+        rows.append(weights.unflatten(3, (-1, size)).sum(dim=4).unflatten(2, (-1, size)).mean(dim=3))
     return torch.cat(rows, dim=2)
 
 
@@ -67,7 +66,7 @@ def of_newest(q: Tensor, k: Tensor) -> Tensor:
 
 
 def watch(modules: list[nn.Module], heads: int, measure: Callable[[Tensor, Tensor], Tensor]) -> list[list]:
-    """From now on keep, for each module, what `measure` makes of queries and keys; the mean for one head."""
+    """From now on, for each module, what `measure` makes of its queries and keys; one head is their mean."""
     def attend(compute, calls, q, k, v, mask, causal):
         weights = measure(q, k)
         calls.append((weights if heads > 1 else weights.mean(dim=1, keepdim=True)).cpu())
@@ -80,19 +79,19 @@ def watch(modules: list[nn.Module], heads: int, measure: Callable[[Tensor, Tenso
 
 
 def packed(row: Tensor) -> str:
-    """A row (H, keys) of every head as uint16 in base64, in parts of 65535, which each adds up to.
+    """A row (H, keys) of every head in parts of 65535, as uint16 in base64.
 
-    So it is not the shares that are rounded, but where one ends and the next begins.
+    What is rounded is where one share ends and the next begins, so that each head's still add up to 65535.
     """
-    ends = (row.double().cumsum(dim=1) * WHOLE).round()
+    ends = (row.double().cumsum(dim=1) * PARTS).round()
     parts = ends.diff(dim=1, prepend=torch.zeros(len(row), 1))
     return base64.b64encode(parts.numpy().astype("<u2").tobytes()).decode()
 
 
 def tower_rows(calls: list[Tensor], inverse: Tensor) -> list[str]:
-    """A block's rows, merge groups in reading order: one over its window, or over all if the block sees all.
+    """A block's rows, of merge groups in reading order: each over its window, or over all in a full block.
 
-    calls: weights (windows, H, groups, groups) in window order. Inside a window that is reading order, too.
+    calls: weights (windows, H, groups, groups), in the tower's order. Inside a window that is reading order.
     """
     rows = []
     for weights in calls:
@@ -101,139 +100,126 @@ def tower_rows(calls: list[Tensor], inverse: Tensor) -> list[str]:
     return [packed(rows[i]) for i in inverse]
 
 
-def fitting(name: str, size: int, heads: int, left_out: list[str]) -> int:
-    """How many heads of `size` bytes to keep: all, one for their mean, or none. The rest joins `left_out`."""
-    if size * heads <= BUDGET:
-        return heads
-    left_out.append(f"single heads of the {name}" if size <= BUDGET else f"attention in the {name}")
-    return int(size <= BUDGET)
+def affordable(heads: int, nbytes: int) -> int:
+    """How many heads of `nbytes` to keep: all, one for their mean, or none."""
+    return heads if heads * nbytes <= BUDGET else int(nbytes <= BUDGET)
 
 
 # ---------------------------------------------------------------------------- the answer
 
 def chances(logits: Tensor, token: int, text: Callable[[int], str]) -> dict:
     """The probability of a token, and of the likeliest others."""
-    probabilities = logits.softmax(dim=-1).double()
-    likeliest = probabilities.topk(RUNNERS_UP + 1).indices.tolist()
-    others = [i for i in likeliest if i != token][:RUNNERS_UP]
-    return {
-        "chosen": round(probabilities[token].item(), 6),
-        "others": [(text(i), round(probabilities[i].item(), 6)) for i in others],
-    }
+    p = logits.softmax(dim=-1)
+    others = [i for i in p.topk(RUNNERS_UP + 1).indices.tolist() if i != token][:RUNNERS_UP]
+    return dict(chosen=round(p[token].item(), 6), others=[(text(i), round(p[i].item(), 6)) for i in others])
 
 
 def answer_tokens(run: explain.Run, penalty: float, text: Callable[[int], str]) -> Iterator[dict]:
     """Each token of the answer, with its chances before and after the repetition penalty."""
-    seen = set(run.inputs["input_ids"][0].tolist())
+    seen = run.inputs["input_ids"][0]
     for token, logits in zip(run.answer, run.logits, strict=True):
-        penalized = logits.clone()
-        ids = torch.tensor(sorted(seen))
-        penalized[ids] = torch.where(logits < 0, logits * penalty, logits / penalty)[ids]
-        yield {
-            "text": text(token),
-            "before": chances(logits, token, text),
-            "after": chances(penalized, token, text),
-        }
-        seen.add(token)
+        after = logits.clone()
+        after[seen] = torch.where(logits < 0, logits * penalty, logits / penalty)[seen]
+        yield dict(text=text(token), before=chances(logits, token, text), after=chances(after, token, text))
+        seen = torch.cat((seen, torch.tensor([token])))
 
 
-# ---------------------------------------------------------------------------- the page
+# ---------------------------------------------------------------------------- what the page is told
 
-def look(model: Qwen2_5_VL, processor: Processor, inputs: dict, settings: dict) -> dict:
-    """Answer, and return what the page is told. settings: of `generate`, with max_new_tokens."""
-    def text(token: int) -> str:
-        return processor.tokenizer.decode([token], skip_special_tokens=False)
+def look(model: Qwen2_5_VL, processor: Processor, inputs: dict[str, Tensor], settings: dict) -> dict:
+    """Answer, with the settings of `generate`, and return what the page is told about it.
 
-    # Merge groups and their windows, in reading order.
+    Raises ValueError if prompt and answer may become so long that no attention can be kept.
+    """
     config = model.config
     tower = config.vision
     grid = inputs["image_grid_thw"]
-    count = tower.spatial_merge_size**2
-    order, (layout,) = window_order(grid, tower.spatial_merge_size, tower.window)
-    inverse = order.argsort()
-    lengths = torch.tensor(layout.lengths) // count
-    windows = torch.arange(len(lengths)).repeat_interleave(lengths)[inverse]
+    _, h, w = grid[0].tolist()
+    merge = tower.spatial_merge_size
+    ids = inputs["input_ids"][0].tolist()
+    text = partial(processor.tokenizer.decode, skip_special_tokens=False)
 
-    # How much attention fits.
-    T = inputs["input_ids"].shape[1]
-    new = settings["max_new_tokens"]
+    # Merge groups and their windows.
+    order, (layout,) = window_order(grid, merge, tower.window)
+    inverse = order.argsort()
+    lengths = torch.tensor(layout.lengths) // merge**2
+    windows = torch.arange(len(lengths)).repeat_interleave(lengths)[inverse]
     full = [i in tower.fullatt_block_indexes for i in range(tower.depth)]
-    left_out = ["where the prompt's tokens look in the decoder"]
-    pairs = sum(full) * len(order)**2 + (tower.depth - sum(full)) * int(lengths.square().sum())
-    tower_heads = fitting("tower", 2 * pairs, tower.num_heads, left_out)
-    slots = config.num_hidden_layers * new * (T + new // 2)
-    heads = fitting("decoder", 2 * slots, config.num_attention_heads, left_out)
+
+    # How much attention is kept.
+    new = settings["max_new_tokens"]
+    pairs = sum(len(order)**2 if whole else lengths.square().sum().item() for whole in full)
+    slots = config.num_hidden_layers * new * (len(ids) + new // 2)
+    tower_heads = affordable(tower.num_heads, 2 * pairs)
+    heads = affordable(config.num_attention_heads, 2 * slots)
     if not heads:
-        raise ValueError(f"{T} and {new} new tokens are too much for a page; use a smaller --max-pixels or "
-                         "--max-new-tokens")
+        raise ValueError(f"{len(ids)} tokens and {new} new ones are too many for a page; use a smaller "
+                         "--max-pixels or --max-new-tokens")
+    left_out = ["where tokens of the prompt look in the decoder"]
+    if tower_heads < tower.num_heads:
+        left_out.append("heads of the tower, but for their mean" if tower_heads else "attention in the tower")
+    if heads < config.num_attention_heads:
+        left_out.append("heads of the decoder, but for their mean")
 
     # The answer, watched.
-    blocks = [block.attn for block in model.visual.blocks] if tower_heads else []
-    seen = watch(blocks, tower_heads, partial(between_groups, count))
+    blocks = model.visual.blocks if tower_heads else []
+    seen = watch([block.attn for block in blocks], tower_heads, partial(between_groups, merge**2))
     read = watch([layer.self_attn for layer in model.model.layers], heads, of_newest)
     run = explain.run(model, inputs, settings)
     if len(run.answer) == new:
-        left_out.append(f"what follows the first {new} tokens, if anything")
+        left_out.append(f"whatever follows {new} tokens")
 
-    _, h, w = run.grid
-    return {
-        "patch": tower.patch_size,
-        "merge": tower.spatial_merge_size,
-        "window": tower.window,
-        "rows": h // tower.spatial_merge_size,
-        "columns": w // tower.spatial_merge_size,
-        "patches": vision_positions(grid, tower.spatial_merge_size).tolist(),
-        "windows": windows.tolist(),
-        "places": inverse.tolist(),
-        "full": full,
-        "first": run.inputs["input_ids"][0].tolist().index(config.image_token_id),
-        "prompt": [text(i) for i in run.inputs["input_ids"][0].tolist()],
-        "positions": run.positions.T.tolist(),
-        "penalty": settings["repetition_penalty"],
-        "answer": list(answer_tokens(run, settings["repetition_penalty"], text)),
-        "tower_heads": tower_heads,
-        "tower": [tower_rows(calls, inverse) for calls in seen],
-        "heads": heads,
-        "decoder": [[packed(weights[0, :, 0]) for weights in calls] for calls in read],
-        "left_out": left_out,
-    }
+    penalty = settings["repetition_penalty"]
+    return dict(
+        rows=h // merge, columns=w // merge, merge=merge, patch=tower.patch_size, window=tower.window,
+        patches=vision_positions(grid, merge).tolist(), windows=windows.tolist(), places=inverse.tolist(),
+        prompt=[text([i]) for i in ids], positions=run.positions.T.tolist(),
+        first=ids.index(config.image_token_id),
+        answer=list(answer_tokens(run, penalty, lambda i: text([i]))), penalty=penalty,
+        said=processor.decode(run.answer),
+        full=full, tower=[tower_rows(calls, inverse) for calls in seen], tower_heads=tower_heads,
+        decoder=[[packed(weights[0, :, 0]) for weights in calls] for calls in read], heads=heads,
+        left_out=left_out,
+    )
 
+
+# ---------------------------------------------------------------------------- the page
 
 def page(data: dict, picture: Image.Image, **texts: str) -> str:
     """The template, filled. Nothing that a user or a model has written becomes markup."""
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     values = {name: escape(UNSHOWN.sub("", text)) for name, text in texts.items()}
-    values["data"] = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
-    values["picture"] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     values["width"], values["height"] = map(str, picture.size)
+    values["picture"] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    values["data"] = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-class Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see python tools/look.py --help")
-
-
-def run(args) -> None:
+def run(args: Namespace) -> None:
     # Ask.
     path = checkpoint(args.model)
     processor = load_processor(path, max_pixels=args.max_pixels)
     image = open_image(args.image)
     prompt = question(args.prompt)
     inputs = processor([{"role": "user", "content": [{"image": image}, {"text": prompt}]}])
+    settings = load_generation_config(path) | dict(max_new_tokens=args.max_new_tokens)
     with progress("loading"):
         model = load_model(path)
     with progress("reading and answering"):
-        settings = load_generation_config(path) | dict(max_new_tokens=args.max_new_tokens)
         data = look(model, processor, inputs, settings)
 
-    # Show. The picture as the model has seen it.
-    side = data["patch"] * data["merge"]
+    # Show, with the picture as the model has seen it.
+    side = data["merge"] * data["patch"]
     seen = image.resize((side * data["columns"], side * data["rows"]), Image.Resampling.BICUBIC)
     data["trained"] = TRAINED if path.samefile(DEMO_MODEL) else []
-    answer = "".join(token["text"] for token in data["answer"])
-    Path(args.out).write_text(page(data, seen, model=Path(args.model).name, question=prompt, answer=answer))
+    text = page(data, seen, model=Path(args.model).name, question=prompt, answer=data["said"])
+    Path(args.out).write_text(text, encoding="utf-8")
+
+
+class Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see python tools/look.py --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default=DEMO_MODEL, help="a directory or hub id (default: tiny/)")
     add("--image", default=DEMO_IMAGE, help="(default: the demo picture)")
     add("--prompt", help=f"(default: {DEMO_PROMPT!r})")
-    add("--max-pixels", type=int, metavar="N", help="shrink a larger picture")
+    add("--max-pixels", type=int, metavar="N", help="shrink a larger picture; 784 pixels become a token")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("-o", "--out", required=True, help="the page to write")
     try:
