@@ -3,8 +3,8 @@
     pip install playwright
     python tests/check_look.py --browser /usr/bin/chromium --out shots
 
-Works on assets/look.html. In --out it leaves light.png, dark.png and phone.png; assets/look.png is the first of
-them (--picture writes it). Not for pytest, because it needs a browser: .ci/run runs it where there is one.
+Looks at assets/look.html, leaves light.png, dark.png and phone.png in --out, and with --picture writes
+assets/look.png. Not for pytest, because it needs a browser: .ci/run runs it where there is one.
 """
 
 import io

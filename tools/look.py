@@ -165,6 +165,11 @@ def look(model: Qwen2_5_VL, processor: Processor, inputs: dict[str, Tensor], set
     blocks = model.visual.blocks if tower_heads else []
     seen = watch([block.attn for block in blocks], tower_heads, partial(between_groups, merge**2))
     read = watch([layer.self_attn for layer in model.model.layers], heads, of_newest)
+
+    def say(module: nn.Module, args: tuple) -> None:
+        if len(read[0]) % 16 == 0:
+            note(f"{len(read[0])} tokens ...")
+    model.model.norm.register_forward_pre_hook(say)
     run = explain.run(model, inputs, settings)
     if len(run.answer) == new:
         left_out.append(f"whatever follows {new} tokens")
