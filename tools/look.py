@@ -6,7 +6,7 @@
 
 One HTML file, which opens from disk and asks for nothing else. The numbers are made here; tools/look.html
 shows them. Read from the top: attention, kept while it happens; the tokens of the answer; what the page is
-told; the page. What is too much for a page is left out, single heads first, and the page says so.
+told; the page. What is too much for a page is left out, heads before their mean, and the page says so.
 
 Shapes: B windows or 1, H heads, T queries, S keys.
 """
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -100,11 +99,6 @@ def tower_rows(calls: list[Tensor], inverse: Tensor) -> list[str]:
     return [packed(rows[i]) for i in inverse]
 
 
-def affordable(heads: int, nbytes: int) -> int:
-    """How many heads of `nbytes` to keep: all, one for their mean, or none."""
-    return heads if heads * nbytes <= BUDGET else int(nbytes <= BUDGET)
-
-
 # ---------------------------------------------------------------------------- the answer
 
 def chances(logits: Tensor, token: int, text: Callable[[int], str]) -> dict:
@@ -126,42 +120,42 @@ def answer_tokens(run: explain.Run, penalty: float, text: Callable[[int], str]) 
 
 # ---------------------------------------------------------------------------- what the page is told
 
+def fitting(name: str, heads: int, nbytes: int, left_out: list[str]) -> int:
+    """How many heads of `nbytes` are kept: all, one for their mean, or none. What is not joins `left_out`."""
+    kept = heads if heads * nbytes <= BUDGET else int(nbytes <= BUDGET)
+    if kept < heads:
+        left_out.append(f"heads of the {name}, but for their mean" if kept else f"attention in the {name}")
+    return kept
+
+
 def look(model: Qwen2_5_VL, processor: Processor, inputs: dict[str, Tensor], settings: dict) -> dict:
     """Answer, with the settings of `generate`, and return what the page is told about it.
 
-    Raises ValueError if prompt and answer may become so long that no attention can be kept.
+    Raises ValueError if prompt and answer may become too long for any attention of the decoder.
     """
-    config = model.config
-    tower = config.vision
-    grid = inputs["image_grid_thw"]
-    _, h, w = grid[0].tolist()
-    merge = tower.spatial_merge_size
-    ids = inputs["input_ids"][0].tolist()
-    text = partial(processor.tokenizer.decode, skip_special_tokens=False)
-
     # Merge groups and their windows.
+    tower = model.config.vision
+    merge = tower.spatial_merge_size
+    grid = inputs["image_grid_thw"]
     order, (layout,) = window_order(grid, merge, tower.window)
     inverse = order.argsort()
-    lengths = torch.tensor(layout.lengths) // merge**2
-    windows = torch.arange(len(lengths)).repeat_interleave(lengths)[inverse]
-    full = [i in tower.fullatt_block_indexes for i in range(tower.depth)]
+    lengths = [patches // merge**2 for patches in layout.lengths]
+    windows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[inverse]
 
-    # How much attention is kept.
+    # How much attention is kept: of every group in every block, of every word in every layer.
+    ids = inputs["input_ids"][0].tolist()
     new = settings["max_new_tokens"]
-    pairs = sum(len(order)**2 if whole else lengths.square().sum().item() for whole in full)
-    slots = config.num_hidden_layers * new * (len(ids) + new // 2)
-    tower_heads = affordable(tower.num_heads, 2 * pairs)
-    heads = affordable(config.num_attention_heads, 2 * slots)
+    full = [i in tower.fullatt_block_indexes for i in range(tower.depth)]
+    pairs = sum(sum(lengths)**2 if whole else sum(n * n for n in lengths) for whole in full)
+    slots = len(model.model.layers) * new * (len(ids) + new // 2)
+    left_out = ["where tokens of the prompt look in the decoder"]
+    tower_heads = fitting("tower", tower.num_heads, 2 * pairs, left_out)
+    heads = fitting("decoder", model.config.num_attention_heads, 2 * slots, left_out)
     if not heads:
         raise ValueError(f"{len(ids)} tokens and {new} new ones are too many for a page; use a smaller "
                          "--max-pixels or --max-new-tokens")
-    left_out = ["where tokens of the prompt look in the decoder"]
-    if tower_heads < tower.num_heads:
-        left_out.append("heads of the tower, but for their mean" if tower_heads else "attention in the tower")
-    if heads < config.num_attention_heads:
-        left_out.append("heads of the decoder, but for their mean")
 
-    # The answer, watched.
+    # From now on it is.
     blocks = model.visual.blocks if tower_heads else []
     seen = watch([block.attn for block in blocks], tower_heads, partial(between_groups, merge**2))
     read = watch([layer.self_attn for layer in model.model.layers], heads, of_newest)
@@ -170,19 +164,26 @@ def look(model: Qwen2_5_VL, processor: Processor, inputs: dict[str, Tensor], set
         if len(read[0]) % 16 == 0:
             note(f"{len(read[0])} tokens ...")
     model.model.norm.register_forward_pre_hook(say)
+
+    # The answer.
     run = explain.run(model, inputs, settings)
     if len(run.answer) == new:
         left_out.append(f"whatever follows {new} tokens")
 
+    def text(token: int) -> str:
+        return processor.tokenizer.decode([token], skip_special_tokens=False)
+
     penalty = settings["repetition_penalty"]
+    _, h, w = run.grid
     return dict(
         rows=h // merge, columns=w // merge, merge=merge, patch=tower.patch_size, window=tower.window,
-        patches=vision_positions(grid, merge).tolist(), windows=windows.tolist(), places=inverse.tolist(),
-        prompt=[text([i]) for i in ids], positions=run.positions.T.tolist(),
-        first=ids.index(config.image_token_id),
-        answer=list(answer_tokens(run, penalty, lambda i: text([i]))), penalty=penalty,
+        patches=vision_positions(grid, merge).tolist(),
+        windows=windows.tolist(), places=inverse.tolist(), full=full,
+        prompt=list(map(text, ids)), first=ids.index(model.config.image_token_id),
+        positions=run.positions.T.tolist(),
+        answer=list(answer_tokens(run, penalty, text)), penalty=penalty,
         said=processor.decode(run.answer),
-        full=full, tower=[tower_rows(calls, inverse) for calls in seen], tower_heads=tower_heads,
+        tower=[tower_rows(calls, inverse) for calls in seen], tower_heads=tower_heads,
         decoder=[[packed(weights[0, :, 0]) for weights in calls] for calls in read], heads=heads,
         left_out=left_out,
     )
@@ -223,7 +224,7 @@ def run(args: Namespace) -> None:
 
 
 class Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         raise ValueError(f"{message}; see python tools/look.py --help")
 
 
