@@ -197,7 +197,7 @@ def test_places_are_those_of_the_prompt(demo):
     assert data["full"] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [1.0, 5.0])
 def test_probabilities_are_those_of_the_loop(penalty):
     """Bug: of another token, or with the penalty where it should be without or on other ids."""
     run = looked(look.DEMO_IMAGE, "Describe the image.", repetition_penalty=penalty)
@@ -251,20 +251,32 @@ def told(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
 
 
-@pytest.mark.parametrize("prompt", [
+@pytest.mark.parametrize("text", [
     "<script>alert(1)</script>",
-    "</title></b><img src=x onerror=alert(1)>",
+    "</script></title></b><img src=x onerror=alert(1)>",
     "<!--<script>",
     r"{{data}} \1 \g<0> &lt;",
 ])
-def test_what_a_user_writes_is_text(tmp_path, prompt):
-    """Bug: a prompt that opens or closes a tag, or that is taken for a place in the template."""
-    plain = Page(written(tmp_path, "--prompt", "x"))
-    text = written(tmp_path, "--prompt", prompt)
-    page = Page(text)
+def test_what_is_written_stays_text(text):
+    """Bug: a prompt or an answer that opens or closes a tag, or is taken for a place in the template."""
+    def filled(text):
+        page = look.page({"said": text}, Image.new("RGB", (28, 28)), model=text, question=text, answer=text)
+        return Page(page), told(page)
+
+    page, data = filled(text)
+    plain, _ = filled("x")
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
-    assert page.texts.count(prompt) == 1 and f"Look inside: {prompt}" in page.texts
-    assert prompt in "".join(told(text)["prompt"])
+    assert page.texts.count(text) == 2 and f"Look inside: {text}" in page.texts
+    assert data["said"] == text
+
+
+def test_prompt_of_markup_is_told_as_tokens(tmp_path):
+    """Bug: a prompt that is a tag is lost on its way to the page, or runs."""
+    prompt = "<script>alert(1)</script>"
+    page = written(tmp_path, "--prompt", prompt)
+    assert prompt in "".join(told(page)["prompt"])
+    assert Page(page).texts.count(prompt) == 1
+    assert page.count("<script") == 2
 
 
 def test_page_asks_for_nothing_else(tmp_path):
