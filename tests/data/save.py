@@ -8,7 +8,7 @@
 A release may need others of its time beside it in its directory, as huggingface_hub below 1, httpx or
 torchvision. Writes one JSON file for each: config.json of a 3B, a 7B and an untied 3B, and what a processor
 saves. Others write the same as the one before them in this list (4.51.3, 4.55.4, 5.1.0, 5.2.0, 5.3.0, 5.5.4,
-5.7.0, 5.8.1, 5.12.1) or after them (5.21.1).
+5.7.0, 5.8.1, 5.12.1) or after it (5.20.2, 5.21.1, 5.22.2).
 """
 
 import json
