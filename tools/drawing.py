@@ -45,10 +45,15 @@ def canvas(height: float, title: str) -> tuple[plt.Figure, plt.Axes]:
     return figure, axis
 
 
+def panels(rows: int, columns: int, height: float, **style) -> tuple[plt.Figure, plt.Axes]:
+    """A figure of panels."""
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="compressed", **style)
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    return figure, axes
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     """1210 pixels wide, in 128 colors, because photos would take megabytes."""
-    if figure.axes[0].get_position().width < 1:
-        figure.set_layout_engine("compressed", h_pad=0.1, w_pad=0.1)
     figure.savefig(path, facecolor="white")
     check_texts(figure)
     plt.close(figure)
@@ -107,16 +112,12 @@ def cell(
     write(axis, x + width / 2, y + height / 2, text, ink)
 
 
-def outline(axis: plt.Axes, box: Box, color: str) -> None:
-    """A box of an answer."""
+def outline(axis: plt.Axes, box: Box, color: str, label: str, y: float, va: str) -> None:
+    """A box of an answer, and over or under its middle at y its label, white on the same color."""
     x1, y1, x2, y2 = box
     rectangle(axis, x1, y1, x2 - x1, y2 - y1, edgecolor=color, lw=2.5)
-
-
-def tag(axis: plt.Axes, x: float, y: float, text: str, color: str, **style) -> None:
-    """White on a color."""
-    box = dict(facecolor=color, lw=0, pad=2)
-    axis.text(x, y, text, color="white", bbox=box, **style)
+    plate = dict(facecolor=color, lw=0, pad=2)
+    write(axis, (x1 + x2) / 2, y, label, "white", va=va, size=SMALLEST, bbox=plate)
 
 
 def show(axis: plt.Axes, picture: Image.Image, **labels: str) -> None:

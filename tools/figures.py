@@ -29,14 +29,13 @@ from drawing import (
     ORANGE,
     PALE,
     SMALLEST,
-    WIDTH,
     canvas,
     cell,
     outline,
+    panels,
     rectangle,
     save,
     show,
-    tag,
     write,
 )
 from figures_cards import draw_four_bits, draw_shares
@@ -105,13 +104,12 @@ def draw_first(out: Path) -> dict:
     boxes = find_everything(picture)
     given, patches = seen(load_processor(TINY), picture)
     windows, _ = windows_of(given.height // GROUP, given.width // GROUP)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3))
+    figure, (left, right) = panels(1, 2, 3.3)
 
     # What the model answers.
     show(left, picture, title="What is where?", xlabel="What the tiny checkpoint answers,\nbox by box")
     for box, label in boxes:
-        outline(left, box, BLUE)
-        tag(left, (box[0] + box[2]) / 2, box[1] - 3.5, label, BLUE, ha="center", size=SMALLEST)
+        outline(left, box, BLUE, label, box[1] - 3.5, "baseline")
 
     # What it sees: patches in the colors of their windows, and over the first of each merge group all of it.
     show(right, given, title="What does the model see?",
@@ -257,7 +255,7 @@ def draw_patches(out: Path, tokens: int = 6) -> dict:
     """A photo with the row of pixel_values in which each of its patches is stored, and the first rows."""
     processor = load_processor(TINY, max_pixels=20_000)
     picture, patches = seen(processor, open_image(PHOTO))
-    figure, (above, below) = plt.subplots(2, figsize=(WIDTH, 6.8), height_ratios=(4.35, 1.75))
+    figure, (above, below) = panels(2, 1, 6.8, height_ratios=(4.27, 1.58))
 
     # The photo, with the numbers of its patches and lines around its merge groups.
     show(above, picture, title="In which order are patches stored?")
@@ -287,9 +285,10 @@ def draw_patches(out: Path, tokens: int = 6) -> dict:
     return dict(patches=patches, picture=picture)
 
 
-def draw_windows(out: Path, rows: int = 5, columns: int = 5) -> dict:
+def draw_windows(out: Path) -> dict:
     """Which merge groups attend to each other, and the order in which that makes them neighbors."""
-    windows, order = windows_of(rows, columns)
+    columns = 5
+    windows, order = windows_of(5, columns)
     colors = [(COLORS[window], 0.6) for window in windows.flatten().tolist()]
     depth = SHARED_VISION["depth"]
     full = SHARED_VISION["fullatt_block_indexes"]
@@ -309,6 +308,7 @@ def draw_windows(out: Path, rows: int = 5, columns: int = 5) -> dict:
         if block in (0, *full):
             write(axis, x + 3.2 / depth, 5.9, block)
 
+    # What is what.
     for x, y, text, end in (
         (2.05, 1.43, "a whole window:\n4 x 4 groups", "right"),
         (4.55, 1.43, "smaller at the\nright edge", "left"),
@@ -319,6 +319,7 @@ def draw_windows(out: Path, rows: int = 5, columns: int = 5) -> dict:
         (0.1, 5.2, f"Blocks: {len(full)} of {depth} see the whole frame, the rest their windows", "left"),
     ):
         axis.text(x, y, text, ha=end, va="center", size=13)
+
     save(figure, out / "windows.png")
     return dict(windows=windows, order=order, full=full)
 
@@ -346,7 +347,7 @@ def draw_reach(out: Path, group: int = 9) -> dict:
         axis.text(2.9, top + 0.1, title, va="top", size=13, weight="bold")
         axis.text(2.9, top + 0.4, text, va="top", size=13)
 
-    write(axis, WIDTH / 2, 6.8, "Orange: changed. Blue: different because of it. Gray: as before.")
+    write(axis, 3.3, 6.8, "Orange: changed. Blue: different because of it. Gray: as before.")
     save(figure, out / "reach.png")
     return dict(group=group, reached=torch.stack(reached).view(3, rows, columns))
 
@@ -417,7 +418,7 @@ def draw_time(out: Path) -> dict:
     """Videos on the axis of positions: their frames, their pairs of frames, and the text after them."""
     rate = SHARED_VISION["tokens_per_second"]
     pair = SHARED_VISION["temporal_patch_size"]
-    figure, axis = plt.subplots(figsize=(WIDTH, 7.3))
+    figure, axis = panels(1, 1, 7.4)
     numbers = {}
     ticks = {}
     top = 0.0
@@ -448,12 +449,12 @@ def draw_time(out: Path) -> dict:
         top = last + 1
 
     axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel("seconds")
-    axis.set(title="Where do a video's frames sit in time?",
-             xlabel="position, from the start of the video")
+    axis.set_xlabel("position, from the start of the video")
     axis.set(xlim=(0, 9.7), ylim=(top - 0.2, -0.2), xticks=range(10))
     axis.set_yticks(list(ticks), list(ticks.values()))
     axis.tick_params(axis="y", length=0)
     axis.spines[["left", "right"]].set_visible(False)
+    figure.suptitle("Where do a video's frames sit in time?")
     figure.supxlabel(f"A pair of frames sits where its first frame is: {rate} positions a second.\n"
                      "Text resumes one above the largest position: mostly that of the last\n"
                      "pair, but in a short, wide video that of the last column.")
@@ -504,7 +505,7 @@ def draw_attention(out: Path) -> dict:
     picture = inputs["mm_token_type_ids"][0].nonzero()[:, 0]
     maps = maps[..., picture].unflatten(2, (rows, columns))
 
-    figure, axes = plt.subplots(len(shown), 2, figsize=(WIDTH, 1.8 * len(shown) + 1.7), squeeze=False)
+    figure, axes = panels(len(shown), 2, 1.8 * len(shown) + 1.7, squeeze=False)
     for line, n in enumerate(shown):
         axes[line, 0].set_ylabel(f'"{words[n]}"', size=14, rotation=0, ha="right", va="center")
         for column, heats in enumerate(maps):
@@ -558,12 +559,11 @@ def draw_boxes(out: Path) -> dict:
     ):
         axis.imshow(picture, extent=(0.1, 0.1 + scale * picture.width, top + scale * picture.height, top))
         x1, y1, x2, y2 = (scale * side for side in sides)
-        outline(axis, (0.1 + x1, top + y1, 0.1 + x2, top + y2), color)
         text = f"{name}: {', '.join(map(str, sides))}"
-        tag(axis, 0.1 + (x1 + x2) / 2, top + y2 + 0.08, text, color, ha="center", va="top", size=SMALLEST)
+        outline(axis, (0.1 + x1, top + y1, 0.1 + x2, top + y2), color, text, top + y2 + 0.08, "top")
 
     text = (f"To the resized one, {w} x {h}:\nthe model has seen no other.\n\n"
-            f"On the original, {W} x {H}, x is\n{W / w:.3f} times as large, and y\n{H / h:.3f} times.")
+            f"On the original, {W} x {H},\nx is {W / w:.3f} times as large,\ny {H / h:.3f} times.")
     axis.text(3.2, 0.65, text, va="top", size=13)
     save(figure, out / "boxes.png")
     return dict(box=box, mapped=mapped)

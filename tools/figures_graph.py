@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from drawing import BLUE, GRAY, ORANGE, WIDTH, rectangle, save, write
+from drawing import BLUE, GRAY, ORANGE, panels, rectangle, save, write
 from matplotlib import pyplot as plt
 
 LAUNCH = 5.0                                            # microseconds of Python for a kernel, about
@@ -73,7 +73,7 @@ def draw_ports(axis: plt.Axes) -> None:
 
 def draw_graph(out: Path) -> dict:
     """Kernels launched one by one and all at once, and what a graph reads and writes."""
-    figure, (above, below) = plt.subplots(2, figsize=(WIDTH, 6.2))
+    figure, (above, below) = panels(2, 1, 6.2)
     draw_times(above)
     draw_ports(below)
 
