@@ -1,21 +1,27 @@
 """The decoder and the whole model: parity, the cache, batches, and random mixes of everything."""
 
+import copy
 import random
 from collections import defaultdict
+from dataclasses import replace
 from inspect import signature
 
 import pytest
 import torch
 from conftest import (
+    FAMILY,
     MIXED_ROWS,
     ROWS,
+    VIDEO,
     VIDEO_ROWS,
     Largest,
     assert_close,
     assert_equal,
     make_pair,
     noise,
+    pair_of,
     prompts,
+    shallow,
     small_config,
     write,
 )
@@ -40,11 +46,11 @@ def embedded(model, inputs):
     return given(model.embed, inputs), position_ids
 
 
-def in_chunks(model, inputs, padded=False):
-    """Logits of a prompt decoded into a cache, its last tokens in CHUNKS, the rest before in one go."""
+def in_chunks(model, inputs, padded=False, chunks=CHUNKS):
+    """Logits of a prompt decoded into a cache, its last tokens in chunks, the rest before in one go."""
     x, position_ids = embedded(model, inputs)
     B, T, _ = x.shape
-    sizes = (T - sum(CHUNKS), *CHUNKS)
+    sizes = (T - sum(chunks), *chunks)
     cache = KVCache(model.config, B, T + 3, x.device, x.dtype)
 
     out = []
@@ -56,29 +62,42 @@ def in_chunks(model, inputs, padded=False):
 
 # ---------------------------------------------------------------------------- against Hugging Face
 
+def noted_peaks(model, monkeypatch):
+    """By layer: largest weight x number of keys, for every query and head, of all that the model runs."""
+    peaks = defaultdict(list)
+
+    def noting(name, attend):
+        def noted(q, k, v, mask, causal):
+            weights = vision.attention_weights(q, k, mask, causal)
+            peaks[name].append((weights.amax(dim=-1) * k.shape[2]).flatten())
+            return attend(q, k, v, mask, causal)
+        return noted
+
+    for name, module in model.named_modules():
+        if hasattr(module, "attend"):
+            monkeypatch.setattr(module, "attend", noting(name, module.attend))
+    return peaks
+
+
 def test_attention_is_peaked(pairs, monkeypatch):
     """In every layer the median over queries and heads of largest weight x number of keys is 5 or more.
 
     Were it flat, the tests below would not see a wrong mask, window or position.
     """
-    peaks = defaultdict(list)
-
-    def watched(name):
-        def attend(q, k, v, mask, causal):
-            weights = vision.attention_weights(q, k, mask, causal)
-            peaks[name].append((weights.amax(dim=-1) * k.shape[2]).flatten())
-            return vision.eager(q, k, v, mask, causal)
-        return attend
-
     model = pairs("eager").ours
-    for name, module in model.named_modules():
-        if hasattr(module, "attend"):
-            monkeypatch.setattr(module, "attend", watched(name))
+    peaks = noted_peaks(model, monkeypatch)
     model(**prompts([[5, (24, 26), 7]]))
-
     assert len(peaks) == 8
     for values in peaks.values():
         assert torch.cat(values).median() >= 5
+
+
+def test_each_token_is_measured_by_its_own_largest_value():
+    """Bug: next to a token with large logits, an error in those of a token with small ones passes."""
+    theirs = torch.tensor([[1000.0, 1.0], [1.0, 1.0]])
+    ours = torch.tensor([[1000.0, 1.0], [1.0, 1.001]])
+    with pytest.raises(AssertionError):
+        assert_close("none", ours, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -100,6 +119,30 @@ def test_video_logits_equal_hugging_face_at_our_positions(pair, rows):
     _, position_ids = embedded(pair.ours, inputs)
     theirs = hf_logits(pair.hf, inputs, position_ids)
     assert_close("logits of videos, at our positions", pair.ours(**inputs), theirs, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_published_widths_equal_hugging_face(size, monkeypatch):
+    """Bugs: what shows at some widths alone: of heads, 80 or 128; of groups, up to 8 queries to a key.
+
+    One decoder layer, a windowed block and a full one. The last token is decoded into the cache.
+    """
+    pair = pair_of(shallow(size))
+    peaks = noted_peaks(pair.ours, monkeypatch)
+    inputs = prompts([[5, (10, 12), 7]])
+    ours = in_chunks(pair.ours, inputs, chunks=(1,))
+    assert_close("logits at the published widths", ours, hf_logits(pair.hf, inputs))
+    assert len(peaks) == 3
+    for values in peaks.values():
+        assert torch.cat(values).median() >= 5
+
+
+def test_long_prompt_equals_hugging_face(pairs):
+    """Bugs: angles that lose digits far from the start, a table of positions that ends."""
+    pair = pairs("sdpa")
+    inputs = prompts([[1300, (36, 40), 900, (24, 70), 1016]])
+    assert inputs["input_ids"].shape == (1, 4000)
+    assert_close("logits of 4,000 tokens", in_chunks(pair.ours, inputs), hf_logits(pair.hf, inputs))
 
 
 def test_every_norm_has_hugging_faces_eps():
@@ -189,6 +232,13 @@ def test_batch_equals_single(pair):
         assert_close("itself: batch = single", together[b, mask], alone)
 
 
+def test_masks_are_in_the_models_dtype(pair):
+    """Bug: a mask in float32, which makes weights that bfloat16 values cannot be multiplied with."""
+    model = copy.deepcopy(pair.ours).bfloat16()
+    logits = model(**prompts(ROWS["padded batch"]))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
 def test_prefill_makes_no_mask(pairs):
     """Bug: an unpadded prompt gets a mask tensor, and memory grows with the square of its tokens."""
     model = pairs("sdpa").ours
@@ -215,8 +265,30 @@ def test_placeholders_must_match_vision_tokens(pairs):
     model = pairs("sdpa").ours
     inputs = prompts(ROWS["one picture"])
     half = inputs["pixel_values"][:260]
-    with pytest.raises(ValueError, match="130 placeholders for pictures or for videos, which take 65"):
+    with pytest.raises(ValueError, match="130 placeholders .* but their pixels make 65"):
         model.embed(inputs["input_ids"], half, torch.tensor([[1, 10, 26]]))
+
+
+def test_placeholders_of_videos_must_not_stay(pairs):
+    """Bug: without their pixels they are read as words."""
+    with pytest.raises(ValueError, match="135 placeholders .* but their pixels make 0"):
+        pairs("sdpa").ours.embed(prompts(VIDEO_ROWS)["input_ids"])
+
+
+def test_positions_go_by_the_config(pairs):
+    """Bugs: the published rate, or another of the published 2s, whatever config.json says."""
+    config = pairs("sdpa").ours.config
+    tower = replace(config.vision, spatial_merge_size=4, tokens_per_second=5)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(replace(config, vision=tower))
+
+    grid_thw = torch.tensor([[3, 8, 8]])        # three frames of 2 x 2 groups, a second each
+    ids = torch.full((1, 12), VIDEO)
+    positions, _ = model.positions(ids, video_grid_thw=grid_thw, second_per_grid_ts=[1.0])
+    time, row, column = positions[:, 0].tolist()
+    assert time == [0] * 4 + [5] * 4 + [10] * 4
+    assert row == [0, 0, 1, 1] * 3
+    assert column == [0, 1, 0, 1] * 3
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 3), (3, 1, 1), (1, 3)], ids=str)
@@ -224,6 +296,22 @@ def test_position_ids_must_match_the_tokens(pairs, shape):
     """Bug: Hugging Face's (4, B, T), or one position for all tokens, is broadcast to something."""
     with pytest.raises(AssertionError):
         pairs("sdpa").ours.logits(torch.zeros(1, 3, 256), torch.zeros(shape).long())
+
+
+@pytest.mark.parametrize("cached, length", [(False, 4), (False, 6), (True, 4), (True, 9)])
+def test_mask_must_cover_the_tokens(pairs, cached, length):
+    """Bug: a mask of another prompt's length is cut, or goes on into slots that are not there."""
+    model = pairs("sdpa").ours
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32) if cached else None
+    with pytest.raises(AssertionError):
+        model.logits(torch.zeros(1, 5, 256), torch.zeros(3, 1, 5).long(), torch.ones(1, length), cache)
+
+
+def test_every_parameter_can_be_trained(pairs):
+    """Bug: the embedding is frozen, because it is made from a tensor."""
+    with torch.device("meta"):
+        model = Qwen2_5_VL(pairs("sdpa").ours.config)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_inputs_move_to_the_model(tmp_path, monkeypatch):
