@@ -543,7 +543,8 @@ def draw_boxes(out: Path) -> dict:
     """A box as a model would answer it, on the picture it was given and, mapped, on the original."""
     box = (135, 28, 180, 138)
     photo = open_image(PHOTO)
-    given, _ = seen(load_processor(TINY), photo)
+    processor = load_processor(TINY)
+    given, _ = seen(processor, photo)
     W, H = photo.size
     w, h = given.size
     mapped = to_original(box, resized=(h, w), original=(H, W))
@@ -562,7 +563,7 @@ def draw_boxes(out: Path) -> dict:
         text = f"{name}: {', '.join(map(str, sides))}"
         outline(axis, (0.1 + x1, top + y1, 0.1 + x2, top + y2), color, text, top + y2 + 0.08, "top")
 
-    text = (f"To the resized one, {w} x {h}:\nthe model has seen no other.\n\n"
+    text = (f"To the resized one, {w} x {h}: here at\nmost {processor.max_pixels:,} pixels are allowed.\n\n"
             f"On the original, {W} x {H},\nx is {W / w:.3f} times as large,\ny {H / h:.3f} times.")
     axis.text(3.2, 0.65, text, va="top", size=13)
     save(figure, out / "boxes.png")
