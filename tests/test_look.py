@@ -308,7 +308,7 @@ def test_picture_is_the_one_that_the_model_has_seen(tmp_path):
 
 
 def test_demo_is_the_commands_output(tmp_path):
-    """Bug: assets/look.html is of an older template or checkpoint. (Shares and PNGs differ a little by machine.)"""
+    """Bug: assets/look.html is of an older template or checkpoint. Shares and PNGs differ by machine."""
     demo = (look.ROOT / "assets" / "look.html").read_text(encoding="utf-8")
     out = tmp_path / "look.html"
     assert look.main(["--prompt", PROMPT, "-o", str(out)]) == 0
