@@ -174,6 +174,9 @@ def test_trained_heads_are_those_of_the_recipe():
     config = load_config(TINY)
     step = config.num_attention_heads // config.num_key_value_heads
     assert look.TRAINED == [(Trainer.POINTING, h) for h in range(0, config.num_attention_heads, step)]
+    (layer, one), (_, other) = look.TRAINED
+    said = f"Heads {one} and {other} of layer {layer} of tiny were trained to point"
+    assert said in look.TEMPLATE.read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- positions and probabilities
