@@ -122,6 +122,10 @@ def test_settings_are_the_checkpoints_unless_a_flag_says_otherwise(say, monkeypa
     prompt = load_processor(TINY).tokenizer.decode(asked["inputs"]["input_ids"][0].tolist(), False)
     assert prompt.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
 
+    # A video takes the place of the demo picture.
+    assert say("--video", str(ROOT / "assets" / "demo.webp"))[0] == 0
+    assert asked["inputs"]["mm_token_type_ids"].unique().tolist() == [0, 2]
+
 
 def test_the_attention_that_is_asked_for_runs(say, monkeypatch):
     """Bug: --attention is accepted, and the other one runs: in the tower, in the decoder, or in a step."""

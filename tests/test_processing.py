@@ -427,6 +427,7 @@ def test_cut_animation_is_refused(processor, tmp_path):
     (user("bare string"), "cannot use 'bare string' as content"),
     (user({"type": "text"}), "cannot use"),
     (user({"image": "data:image/png;base64,AAAA"}), "decode it, and open it with Pillow"),
+    (user({"image": "Qk0" + 400 * "A"}), "decode it, and open it with Pillow"),
     (user({"image": "HTTPS://example.org/a.png"}), "URLs are not fetched; download it first"),
     (user({"image": 3}), "int is not a path"),
     (user({"image": Image.new("RGB", (0, 0))}), "longer than 200:1"),

@@ -89,7 +89,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_links_lead_somewhere(page):
     """Bug: a file or a section that has gone, or was never written."""
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
+    for target in links + re.findall(r'<img src="([^"]+)"', text):
         name, _, anchor = target.partition("#")
         file = page.parent / name if name else page
         assert file.exists(), target

@@ -104,8 +104,8 @@ def test_sampled_answer_equals_hugging_face(pairs, rows, settings):
     tokens = ours(pair.ours, inputs, max_new_tokens=32, seed=7, **settings)
     assert_equal("32 sampled tokens", tokens, expected)
 
-    another = ours(pair.ours, inputs, max_new_tokens=32, seed=8, **settings)
-    assert not torch.equal(tokens, another)
+    another = ours(pair.ours, inputs, max_new_tokens=8, seed=8, **settings)
+    assert not torch.equal(tokens[:, :8], another)
 
 
 def test_penalty_counts_prompt_and_answer_and_no_pads(pairs):

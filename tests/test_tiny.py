@@ -7,8 +7,10 @@ import itertools
 import json
 import random
 import re
+import shutil
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +21,7 @@ import pytest
 import scenes
 import torch
 import train_tiny
-from conftest import TINY, assert_equal
+from conftest import TINY, assert_equal, write
 from hugging_face import hf_inputs, hf_logits
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -30,6 +32,11 @@ from vision import VisionConfig
 # ---------------------------------------------------------------------------- the checkpoint
 
 STILL = [kind for kind in scenes.KINDS if kind != "video"]
+
+
+def kind_of(asked):
+    question, _ = asked
+    return question.kind
 
 
 def their_tiny(dtype, attention="sdpa"):
@@ -44,22 +51,26 @@ def test_engines_agree_about_the_tiny_checkpoint():
     theirs = their_tiny(torch.float32)
     processor = load_processor(TINY)
     settings = load_generation_config(TINY)
-    questions = list(evaluate_tiny.asked(0, 10, STILL))
-    assert len(questions) >= 50
+    conversations = defaultdict(list)
+    for question, sample in evaluate_tiny.asked(0, 10, STILL):
+        conversations[question.kind].append(scenes.conversation(question, sample))
+    assert sum(map(len, conversations.values())) >= 50
 
-    for question, sample in questions:
-        messages = scenes.conversation(question, sample)
-        inputs = processor(messages)
-        expected = hf_inputs(TINY, messages)
-        assert inputs.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_equal("inputs of the tiny checkpoint", inputs[name], value)
+    for same_kind in conversations.values():
+        for messages in same_kind:
+            inputs = processor(messages)
+            expected = hf_inputs(TINY, messages)
+            assert inputs.keys() == expected.keys()
+            for name, value in expected.items():
+                assert_equal("inputs of the tiny checkpoint", inputs[name], value)
 
-        theirs.model.rope_deltas = None     # left over from the question before
+        # The answers, as a padded batch: those to questions of one kind are about equally long.
+        inputs = processor(same_kind)
+        theirs.model.rope_deltas = None     # left over from the kind before
         T = inputs["input_ids"].shape[1]
-        said = theirs.generate(**inputs, max_new_tokens=256)[0, T:]
-        answer = torch.cat(list(generate(ours, inputs, **settings)))
-        assert_equal("tokens of the tiny checkpoint, in float32", answer, said)
+        said = theirs.generate(**inputs, max_new_tokens=256)[:, T:]
+        answers = torch.stack(list(generate(ours, inputs, **settings)), dim=1)
+        assert_equal("tokens of the tiny checkpoint, in float32", answers, said)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -84,8 +95,13 @@ def test_bfloat16_is_as_near_to_float32_as_hugging_faces(attention):
     assert statistics.median(shares) <= 1.1
 
 
-def test_tiny_knows_its_shapes(tmp_path, capsys):
+def test_tiny_knows_its_shapes(tmp_path, monkeypatch, capsys):
     """Bug: it has forgotten them, in its own bfloat16, as it is used. The README's table is of 500 scenes."""
+    # Questions of one kind at a time: a batch takes as long as its longest answer.
+    asked = evaluate_tiny.asked
+    monkeypatch.setattr(evaluate_tiny, "BATCH", 10)
+    monkeypatch.setattr(evaluate_tiny, "asked", lambda *scenes: iter(sorted(asked(*scenes), key=kind_of)))
+
     wrong = tmp_path / "wrong.png"
     evaluate_tiny.main(["tiny", "--scenes", "10", "--seed", "9", "--failures", str(wrong)])
     reached = [float(share) for share in re.findall(r"\| ([\d.]+)% \|", capsys.readouterr().out)]
@@ -128,9 +144,35 @@ def test_thing_moves_its_way_inside_the_picture():
 
 # ---------------------------------------------------------------------------- training
 
-def batch_of(kind):
+@pytest.fixture
+def narrow(tmp_path):
+    """A copy of tiny/ without weights, for a model that trains in no time: a step of Muon on a CPU that has
+    no instructions for bfloat16 takes seconds at tiny's own widths.
+    """
+    directory = tmp_path / "narrow"
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= dict(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    config["vision_config"] |= dict(
+        depth=1,
+        fullatt_block_indexes=[0],
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=1,
+        out_hidden_size=64,
+    )
+    return write(directory, config)
+
+
+def batch_of(kind, size=6):
     """A batch in which a question of this kind is asked."""
-    batches = train_tiny.Batches(load_processor(TINY), seed=5, size=6, steps=40)
+    batches = train_tiny.Batches(load_processor(TINY), seed=5, size=size, steps=40)
     for step in range(20, 40):
         batch = batches[step]
         if any(place.kind == kind for place in batch.places):
@@ -201,24 +243,26 @@ def test_batch_is_the_same_for_a_seed():
     assert not torch.equal(first.pixels[:100], other.pixels[:100])
 
 
-def test_interrupted_training_goes_on(tmp_path, capsys):
+def test_interrupted_training_goes_on(narrow, tmp_path, monkeypatch, capsys):
     """Bug: a second run begins anew, or its log does."""
+    monkeypatch.setattr(train_tiny, "TINY", narrow)
+    work = tmp_path / "work"
     settings = dict(seed=1, tower_steps=1, size=2, rate=1e-3)
-    train_tiny.train(tmp_path, steps=3, **settings)
+    train_tiny.train(work, steps=3, **settings)
     assert "on from step" not in capsys.readouterr().err
-    train_tiny.train(tmp_path, steps=4, **settings)
+    train_tiny.train(work, steps=4, **settings)
     assert "on from step 3" in capsys.readouterr().err
 
-    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    log = (work / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [3, 4]
-    assert (tmp_path / "loss.png").stat().st_size > 5000
-    load_model(tmp_path)
+    assert (work / "loss.png").stat().st_size > 5000
+    load_model(work)
 
 
-def test_restored_trainer_takes_the_same_step():
+def test_restored_trainer_takes_the_same_step(narrow):
     """Bug: training goes on without its masters, its weights or what its optimizers remember."""
-    batch = batch_of("describe")
-    config = load_config(TINY)
+    batch = batch_of("describe", size=2)
+    config = load_config(narrow)
     trainer = train_tiny.Trainer(config, seed=0, rate=1e-3)
     trainer.step(batch, tower_only=False, progress=0.5)
     restored = train_tiny.Trainer(config, seed=1, rate=1e-3)

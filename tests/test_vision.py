@@ -200,12 +200,12 @@ def test_memory_is_linear_in_patches(pairs):
     """Bug: a full block makes a tensor of all pairs of patches."""
     config = pairs("sdpa").ours.config.vision
     ratios = {}
-    for attend in (vision.sdpa, vision.eager):
+    for attend, sides in ((vision.sdpa, (16, 32, 64)), (vision.eager, (16, 32))):
         tower = VisionTransformer(config, attend)
-        for side in (16, 32, 64):       # 256, 1,024 and 4,096 patches
+        for side in sides:              # 256, 1,024 and 4,096 patches
             with torch.no_grad(), Largest(tower) as largest:
                 tower(*seeded([(1, side, side)]))
             ratios[attend.__name__, side] = largest.elements / side**2
 
     assert ratios["sdpa", 16] == ratios["sdpa", 32] == ratios["sdpa", 64]
-    assert ratios["eager", 64] > 3 * ratios["eager", 32]        # the measure does see what is quadratic
+    assert ratios["eager", 32] > 3 * ratios["eager", 16]        # the measure does see what is quadratic

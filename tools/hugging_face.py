@@ -3,11 +3,12 @@
 import re
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,10 +71,15 @@ def ours_of(hf: Qwen2_5_VLForConditionalGeneration, attend: Attend = sdpa) -> Qw
     return ours.eval().requires_grad_(False)
 
 
+@lru_cache
+def hf_processors(path: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
+    """Hugging Face's tokenizer and picture processor of a checkpoint, read once."""
+    return AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+
+
 def hf_inputs(path: Path, messages: list[dict]) -> dict[str, Tensor]:
     """What Hugging Face's picture processor, template and tokenizer make of a question about pictures."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    tokenizer, processor = hf_processors(path)
 
     # Pixels and grids.
     pictures = [item["image"] for item in messages[0]["content"] if "image" in item]

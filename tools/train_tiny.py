@@ -603,7 +603,8 @@ def draw_curve(log: Path, path: Path) -> None:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points), label=name)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
