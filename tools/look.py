@@ -55,7 +55,8 @@ def between_groups(size: int, q: Tensor, k: Tensor) -> Tensor:
     rows = []
     for part in q.split(QUERIES, dim=2):
         weights = attention_weights(part.float(), k.float(), None, False)
-        rows.append(weights.unflatten(3, (-1, size)).sum(dim=4).unflatten(2, (-1, size)).mean(dim=3))
+        taken = weights.unflatten(3, (-1, size)).sum(dim=4)
+        rows.append(taken.unflatten(2, (-1, size)).mean(dim=3))
     return torch.cat(rows, dim=2)
 
 
@@ -104,8 +105,9 @@ def tower_rows(calls: list[Tensor], inverse: Tensor) -> list[str]:
 def chances(logits: Tensor, token: int, text: Callable[[int], str]) -> dict:
     """The probability of a token, and of the likeliest others."""
     p = logits.softmax(dim=-1)
-    others = [i for i in p.topk(RUNNERS_UP + 1).indices.tolist() if i != token][:RUNNERS_UP]
-    return dict(chosen=round(p[token].item(), 6), others=[(text(i), round(p[i].item(), 6)) for i in others])
+    likeliest = p.topk(RUNNERS_UP + 1).indices.tolist()
+    others = [(text(i), round(p[i].item(), 6)) for i in likeliest if i != token]
+    return dict(chosen=round(p[token].item(), 6), others=others[:RUNNERS_UP])
 
 
 def answer_tokens(run: explain.Run, penalty: float, text: Callable[[int], str]) -> Iterator[dict]:
@@ -114,7 +116,8 @@ def answer_tokens(run: explain.Run, penalty: float, text: Callable[[int], str]) 
     for token, logits in zip(run.answer, run.logits, strict=True):
         after = logits.clone()
         after[seen] = torch.where(logits < 0, logits * penalty, logits / penalty)[seen]
-        yield dict(text=text(token), before=chances(logits, token, text), after=chances(after, token, text))
+        told = partial(chances, token=token, text=text)
+        yield dict(text=text(token), before=told(logits), after=told(after))
         seen = torch.cat((seen, torch.tensor([token])))
 
 
@@ -146,7 +149,8 @@ def look(model: Qwen2_5_VL, processor: Processor, inputs: dict[str, Tensor], set
     ids = inputs["input_ids"][0].tolist()
     new = settings["max_new_tokens"]
     full = [i in tower.fullatt_block_indexes for i in range(tower.depth)]
-    pairs = sum(sum(lengths)**2 if whole else sum(n * n for n in lengths) for whole in full)
+    windowed = sum(n * n for n in lengths)
+    pairs = sum(len(order)**2 if whole else windowed for whole in full)
     slots = len(model.model.layers) * new * (len(ids) + new // 2)
     left_out = ["where tokens of the prompt look in the decoder"]
     tower_heads = fitting("tower", tower.num_heads, 2 * pairs, left_out)
