@@ -114,20 +114,25 @@ def check_groups(tab):
 
 def check_blocks(tab):
     caption = tab.locator("#caption")
+    slide(tab, 3)
     tab.locator("rect.cell").nth(13).click()
     for block, known in ((-1, 1), (0, 16), (1, 48), (2, 48)):
         slide(tab, block)
-        expect(caption).to_contain_text(f"Group 13 can have heard from {known} of 48 groups")
+        expect(caption).to_contain_text("what group 13 can have heard by then")
+        expect(caption).to_contain_text(f"from {known} of 48 groups")
+    for group in (0, 11, 13):
+        expect(tab.locator("rect.cell").nth(group)).to_have_attribute("aria-label", f"group {group}: heard")
+    slide(tab, 0)
+    expect(tab.locator("rect.cell").nth(11)).to_have_attribute("aria-label", "group 11: not heard")
 
     # Its real attention: in a window nothing comes from elsewhere.
     tab.locator("[value=group]").check()
-    slide(tab, 0)
     mean = [share(tab, group) for group in range(48)]
     assert abs(sum(mean) - 100) < 1
     outside = [part for group, part in enumerate(mean) if group >= 32 or group % 8 < 4]     # of its window
     assert not any(outside)
     tab.locator("#towerHead").select_option("2")
-    expect(caption).to_contain_text("head 2 of group 13")
+    expect(caption).to_contain_text("where group 13 looks in block 0: head 2 took most from group")
     assert mean != [share(tab, group) for group in range(48)]
 
 
@@ -138,6 +143,11 @@ def check_words(tab):
     expect(words.nth(31)).to_have_attribute("aria-pressed", "true")
     expect(tab.locator("#chances")).to_contain_text("yellow")
     expect(tab.locator("#caption")).to_contain_text("from the first token")
+
+    # A group that is touched meanwhile shows where it looks itself.
+    tab.locator("rect.cell").nth(5).click()
+    expect(tab.locator("#caption")).to_contain_text("where group 5 looks in block 0")
+    words.nth(31).click()
 
     # The heads that were trained to point, do.
     trained = tab.locator("#heads .trained")
