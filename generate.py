@@ -4,7 +4,7 @@ used together, so read `run` first; the rest is user interface.
     python generate.py --model Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --prompt "What is on the table?"
 
 Read from the top: the arguments, the conversation they stand for, what is said before and after an answer,
-text as it comes, `run`, and `main`, which turns mistakes into one line. The last file.
+text as it comes, `run`, and `main`, which turns errors into one line. The last file.
 """
 
 import argparse
@@ -23,10 +23,17 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from load_weights import ATTENTIONS, checkpoint, load_generation_config, load_model, load_processor
+from load_weights import (
+    ATTENTIONS,
+    checkpoint,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_processor,
+)
 from model import KVCache, Qwen2_5_VL
 from processing import Processor
-from sampling import generate, slots_needed
+from sampling import Sampler, check_length, generate, slots_needed
 
 try:
     import resource
@@ -127,7 +134,7 @@ def progress(what: str) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Turns running out of memory into a mistake of the user's, with what helps."""
+    """Turns running out of memory into a user error that says what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -159,7 +166,7 @@ def line_after(start: float, times: list[float], device: torch.device) -> str:
         line += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} a second"
     line += f"; {len(times)} tokens"
 
-    # What the device, or else the process, had in use at most.
+    # The most that the device, or else the process, had in use.
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     elif resource is not None:      # in kilobytes, on macOS in bytes
@@ -197,15 +204,20 @@ def run(args: argparse.Namespace, load: Callable[..., Qwen2_5_VL]) -> None:
     with progress("loading"):
         path = checkpoint(DEMO_MODEL if args.model is None else args.model)
         processor = load_processor(path, max_pixels=args.max_pixels)
+
+        # How to answer: what the checkpoint says, unless a flag says otherwise.
+        settings = load_generation_config(path)
+        for name in ("temperature", "top_p", "seed"):
+            if getattr(args, name) is not None:
+                settings[name] = getattr(args, name)
+
+        # Numbers that make no sense are refused now: reading the weights may take minutes.
+        Sampler(**{name: value for name, value in settings.items() if not name.endswith("token_id")})
         inputs = processor(messages)
+        check_length(inputs["input_ids"].shape[1], args.max_new_tokens, load_config(path))
         with enough_memory("use --dtype bfloat16, a smaller checkpoint or a larger card"):
             model = load(path, args.device, args.dtype, args.attention)
 
-    # How to answer: what the checkpoint says, unless a flag says otherwise.
-    settings = load_generation_config(path)
-    for name in ("temperature", "top_p", "seed"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
     graph = False if args.no_graph else None
     steps = generate(model, inputs, max_new_tokens=args.max_new_tokens, graph=graph, **settings)
 

@@ -2,8 +2,8 @@
 
 Read from the top: where the checkpoint is, the dialects of its config.json, its sampling settings, its
 processor, and its tensors: mapped into memory, without a copy, and only if every one of them fits. A key that
-is missing falls back on the value that the published checkpoints share; what a file asks for and is not
-computed here is refused by its name. A first reading can skip this file.
+is missing falls back on the value that the published checkpoints share; anything a file asks for that is not
+computed here is refused by name. A first reading can skip this file.
 
 Next: generate.py
 """
@@ -44,7 +44,7 @@ SHARED_VISION = dict(
 )
 PUBLISHED_TEMPLATE = 3459730853     # CRC-32 of the chat template that processing.py fills in
 
-# The kinds of values, as a message calls them.
+# The kinds of values, as error messages call them.
 KINDS = {
     int: "an integer from 0 up", tuple[int, ...]: "a list of integers from 0 up", dict: "an object",
     float: "a number from 0 up", tuple[float, ...]: "a list of numbers from 0 up", bool: "true or false",
@@ -88,7 +88,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
             return {}
         raise OSError(f"{path}: no such file; is {path.parent} a complete checkpoint?") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend it, or download it again") from None
+        raise ValueError(f"{path}: not JSON ({error}); fix it, or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object; is it another file?")
     return without_nulls(content)
@@ -122,7 +122,9 @@ def checked(path: Path, content: dict, name: str, kind: type, default: object = 
 
 
 def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> None:
-    """ValueError for a setting whose value is not among the supported ones. `path` is for the message."""
+    """ValueError for a setting whose value is not among the supported ones; with (), for any that is there.
+    `path` is for the message.
+    """
     for name, values in supported.items():
         if name in settings and settings[name] not in values:
             raise ValueError(f"{path}: {name} {settings[name]!r:.60} is not supported; use a published "
@@ -131,7 +133,7 @@ def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> No
 
 # ---------------------------------------------------------------------------- config.json
 
-# The values that are supported, of settings that may have others.
+# The supported values of settings that may have others.
 SUPPORTED = dict(
     model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
@@ -239,7 +241,7 @@ def load_generation_config(path: str | Path) -> dict:
 
 # ---------------------------------------------------------------------------- the processor
 
-# The values that are supported, of a preprocessor's and a tokenizer's settings.
+# The supported values of a preprocessor's and a tokenizer's settings.
 PICTURES = dict(
     do_convert_rgb=(True,), do_resize=(True,), resample=(3,), do_rescale=(True,), rescale_factor=(1 / 255,))
 VIDEOS = PICTURES | dict(
@@ -261,13 +263,16 @@ def load_processor(
     config = load_config(path)
     tower = config.vision
     tokenizer = load_tokenizer(path / "tokenizer.json", config)
-    check_tokenizer_config(path)
+    check_tokenizer_config(path, tokenizer)
     image_file, image = preprocessor(path, "image_processor", "preprocessor_config.json")
     video_file, video = preprocessor(path, "video_processor", "video_preprocessor_config.json")
 
     # A video is cut and normalized like a picture.
     mean = checked(image_file, image, "image_mean", tuple[float, ...], processing.IMAGE_MEAN)
     std = checked(image_file, image, "image_std", tuple[float, ...], processing.IMAGE_STD)
+    if not len(mean) == len(std) == 3 or 0 in std:
+        raise ValueError(f"{image_file}: image_mean and image_std must be three numbers each, for red, green "
+                         "and blue, and image_std's above 0")
     normalize = checked(image_file, image, "do_normalize", bool, True)
     same = dict(patch_size=(tower.patch_size,), temporal_patch_size=(tower.temporal_patch_size,),
                 merge_size=(tower.spatial_merge_size,), image_mean=(list(mean),), image_std=(list(std),),
@@ -317,11 +322,13 @@ def limits(path: Path, settings: dict, low: int, high: int) -> tuple[int, int]:
 
 def load_tokenizer(file: Path, config: Config) -> Tokenizer:
     """The tokenizer in a file; ValueError if its placeholders are not the config's."""
+    if not file.exists():
+        raise OSError(f"{file}: no such file; is the checkpoint complete? Where it has only vocab.json, save "
+                      "the tokenizer with transformers' fast class")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:      # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({error}); download it again, or save it with "
-                         "transformers' fast class") from None
+        raise ValueError(f"{file}: not a tokenizer ({error!s:.60}); download it again") from None
 
     # Never truncate or pad, whatever a training run has left in the file.
     tokenizer.no_truncation()
@@ -339,18 +346,25 @@ def load_tokenizer(file: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def check_tokenizer_config(path: Path) -> None:
-    """Refuse settings of the tokenizer that are not done here, and warn of a chat template
-    that is not the published one, which is what processing.py fills in.
+def check_tokenizer_config(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse tokenizer settings that are not supported here, and warn of a chat template that is not the
+    published one, which is what processing.py fills in.
     """
-    settings = read_json(path / "tokenizer_config.json", optional=True)
-    refuse_others(path / "tokenizer_config.json", settings, TOKENIZER)
+    file = path / "tokenizer_config.json"
+    settings = read_json(file, optional=True)
+    refuse_others(file, settings, TOKENIZER)
+    for number, token in checked(file, settings, "added_tokens_decoder", dict, {}).items():
+        content = str(token.get("content")) if isinstance(token, dict) else str(token)
+        if str(tokenizer.token_to_id(content)) != number:
+            raise ValueError(f"{file}: {content!r:.60} is not token {number:.9} of tokenizer.json; save both "
+                             "with one tokenizer")
 
-    # In Hugging Face's order: of three places the last one wins.
+    # In Hugging Face's order: of four places the last one wins.
     template = settings.get("chat_template")
     if (path / "chat_template.jinja").exists():
         template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    template = read_json(path / "chat_template.json", optional=True).get("chat_template", template)
+    for name in ("chat_template.json", "processor_config.json"):
+        template = read_json(path / name, optional=True).get("chat_template", template)
 
     if template is not None and zlib.crc32(str(template).strip().encode()) != PUBLISHED_TEMPLATE:
         warnings.warn(f"{path}: its chat template is not the published one, which is used all the same; "
@@ -374,7 +388,7 @@ def weight_files(path: Path) -> list[Path]:
             raise ValueError(f"{index}: {outside[0]} is not a file beside it; give bare names")
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
-            raise OSError(f"{path}: of its shards {', '.join(absent)} are missing; download them")
+            raise OSError(f"{path}: these shards are missing: {', '.join(absent)}; download them")
         return [path / name for name in names]
 
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -411,17 +425,18 @@ def load_model(
 
     path: a directory or hub id. device: "cpu", "cuda", "cuda:1", or another that torch has here; "auto" is
     CUDA if there is any, else the CPU. dtype: torch.bfloat16, torch.float32 or their names; "auto" is the
-    checkpoint's, and bfloat16 for weights in four bits. attention: "sdpa", "eager".
+    checkpoint's (its config.json's, or else its weights'), and bfloat16 for weights in four bits. attention:
+    "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.
     """
     path = checkpoint(path)
     config = load_config(path)
-    device, dtype, attend = available(device, dtype, attention)
+    device, dtype, attend = available(path, device, dtype, attention)
     return ready(read_model(path, config, device, attend), dtype)
 
 
 def available(
-    device: str | torch.device, dtype: str | torch.dtype, attention: str
+    path: Path, device: str | torch.device, dtype: str | torch.dtype, attention: str
 ) -> tuple[str, str | torch.dtype, Attend]:
     """What is asked for, checked before anything large is read. ValueError for what is unavailable."""
     # Is there such a device, and does it keep numbers (the meta device has none)?
@@ -434,6 +449,10 @@ def available(
         raise ValueError(f"device {device}: not available here ({reason}); use cpu, or "
                          "leave it out") from None
 
+    # As config.json says, under either name; four bits have no dtype of their own, see `ready`.
+    saved = read_json(path / "config.json")
+    if dtype == "auto" and "quantization_config" not in saved:
+        dtype = str(saved.get("dtype", saved.get("torch_dtype", "auto")))
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
         raise ValueError(f"dtype {dtype}: use bfloat16 or float32; float16 overflows in the vision tower")
@@ -448,7 +467,7 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
     with torch.device("meta"):
         model = Qwen2_5_VL(config, attend)
     weights = read_weights(path, device)
-    as_published(model, weights)
+    as_published(model, weights)        # four bits (int4.py, optional): other layers for those weights
 
     # A tied head may be stored as well, or alone, as safetensors' save_model does.
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -461,8 +480,8 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
     except RuntimeError as error:       # torch names what is missing, unexpected or of another shape
         reason = " ".join(str(error).split()).partition(": ")[2][:300]
         unknown = sorted(weights.keys() - model.state_dict().keys())
-        if unknown:                     # may have a wrapper's prefix
-            reason = f"its {unknown[0]} is no name of this model's; {reason}"
+        if unknown:                     # with its prefix, where a wrapper has left one
+            reason = f"its {unknown[0]} is no name of this model's"
         raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
 
     embedding = model.model.embed_tokens.weight
@@ -482,5 +501,5 @@ def ready(model: Qwen2_5_VL, dtype: str | torch.dtype) -> Qwen2_5_VL:
 
     model.to(dtype).eval().requires_grad_(False)
     pack(model)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a plan for each new length, in every window
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans anew for each length: windows have many
     return model

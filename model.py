@@ -8,8 +8,8 @@ A forward pass, with the sizes of one picture of 672 x 448 pixels and the 7B:
     x, position_ids            -- logits: 28 layers, head -->   logits (1, T, 152064)
 
 Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many
-tokens the cache holds (KVCache.length), and the MRoPE position of the next one, which the caller keeps. No
-module stores a position.
+tokens the cache holds (KVCache.length), and the MRoPE position of the next one. Neither follows from the
+other, so the caller keeps the position and passes it in. No module stores one, left over from another call.
 
 Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: sampling.py
 
@@ -88,8 +88,8 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-        # How many tokens are stored: a number of Python's, and the same on the device, for a CUDA graph
-        # (sampling.py), which runs no Python.
+        # How many tokens are stored: as a Python int, and on the device, for a CUDA graph (sampling.py),
+        # which runs no Python.
         self.length = 0
         self.end = torch.zeros(1, device=device, dtype=torch.int64)
 
@@ -115,7 +115,7 @@ class KVCache:
 # ---------------------------------------------------------------------------- the layers
 
 class Attention(nn.Module):
-    """Grouped queries: neighboring query heads share one of num_key_value_heads keys and values."""
+    """Grouped queries: neighboring query heads share a key head and a value head."""
 
     def __init__(self, config: Config, attend: Attend):
         super().__init__()
@@ -166,7 +166,7 @@ class DecoderLayer(nn.Module):
 
 
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of new tokens at slots (T,) against S: (B or 1, 1, T, S), 0 or -inf.
+    """What to add to the scores of new tokens at slots (T,) against S slots: (B or 1, 1, T, S), 0 or -inf.
 
     By order in the sequence and never by position: inside a picture positions repeat and go backward.
     """
@@ -185,8 +185,8 @@ def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: tor
 class Qwen2_5_VL(nn.Module):
     """Parameters are named as in the published files. HF: Qwen2_5_VLForConditionalGeneration.
 
-    To generate: `positions` and `embed` once for the prompt, then `logits` again and again, with a cache.
-    `forward` does all three for whole prompts, to train or to compare.
+    To generate: `positions` once, for the prompt; then `embed` and `logits`, for the prompt and again for
+    every new token, with a cache. `forward` does all three for whole prompts, to train or to compare.
     """
 
     def __init__(self, config: Config, attend: Attend = sdpa):
@@ -194,7 +194,7 @@ class Qwen2_5_VL(nn.Module):
         self.config = config
         self.visual = VisionTransformer(config.vision, attend)
 
-        # Without nn.Embedding's random start: on the meta device torch imports its compiler for that.
+        # Empty, because a random start on the meta device would import torch's compiler, which takes seconds.
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding.from_pretrained(embedding, freeze=False),
@@ -204,7 +204,7 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-        # `rope.mrope_positions` with this model's token ids and sizes.
+        # A function: `rope.mrope_positions` with this model's token ids and sizes.
         self.positions = partial(
             mrope_positions,
             image_token_id=config.image_token_id,
@@ -254,12 +254,12 @@ class Qwen2_5_VL(nn.Module):
 
         The whole batch is filled row by row, so items lie in order of appearance.
         """
-        tokens = x[0, :0]
+        tokens = x[0, :0]       # none, unless there are pixels
         if pixels is not None:
             tokens = self.visual(pixels.to(x.device), grid_thw).to(x.dtype)     # (N / 4, C)
         if placeholders.sum() != len(tokens):
             raise ValueError(f"the prompt has {placeholders.sum()} placeholders for pictures or for videos, "
-                             f"which take {len(tokens)}; give all that the processor made of it")
+                             f"but their pixels make {len(tokens)} tokens; pass all that the processor made")
         return x.masked_scatter(placeholders[:, :, None], tokens)
 
     def logits(
@@ -288,12 +288,13 @@ class Qwen2_5_VL(nn.Module):
         else:
             slots = cache.reserve(T)
             S = cache.length
-        if attention_mask is not None:
+        if attention_mask is not None:      # may be longer: `causal_mask` hides slots that are not filled yet
             most = T if cache is None else cache.k.shape[3]
             assert S <= attention_mask.shape[1] <= most, (attention_mask.shape, S, most)
             S = attention_mask.shape[1]
 
-        # What a token sees. No mask tensor for a whole prompt, nor for one new token, which sees everything.
+        # What a token sees. Without pads, a whole prompt is causal and one new token sees everything, so
+        # neither needs a mask tensor. A chunk (1 < T < S) needs one, and whatever has pads.
         mask = None
         causal = attention_mask is None and T == S
         if attention_mask is not None or 1 < T < S:
@@ -320,7 +321,7 @@ class Qwen2_5_VL(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,    # unused: the ids themselves say what HF reads from it
+        mm_token_type_ids: Tensor | None = None,    # unused, and accepted for HF: input_ids say the same
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,

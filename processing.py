@@ -63,8 +63,7 @@ ROLES = ("system", "user", "assistant")
 # What an item of a message may hold: where its picture or frames are, and how they are read.
 SOURCES = dict(text=("text",), image=("image", "image_url", "path", "url"), video=("video", "path", "url"))
 OPTIONS = dict(text=(), image=("min_pixels", "max_pixels"), video=("fps", "min_pixels", "max_pixels"))
-FORM = ('write [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
-        '{"type": "text", "text": "What is this?"}]}]')
+FORM = 'write [{"role": "user", "content": [{"image": "photo.jpg"}, {"text": "What is this?"}]}]'
 
 Size = tuple[int, int]          # height, width in pixels
 Box = Sequence[float]           # x1, y1, x2, y2 in pixels
@@ -100,7 +99,7 @@ def smart_resize(
 def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
     """A box of an answer, in pixels of the resized picture, mapped to the original. Sizes: height, width.
 
-    For whoever draws answers: nothing in these files calls it.
+    For whoever draws answers: nothing else in these files calls it.
     """
     y = original[0] / resized[0]
     x = original[1] / resized[1]
@@ -177,7 +176,11 @@ def check_messages(messages: object) -> None:
         raise ValueError(f"a conversation is a list of messages; {FORM}")
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | list):
-            raise ValueError(f"cannot use {str(message)[:60]} as a message of {' or '.join(ROLES)}; {FORM}")
+            raise ValueError(f"cannot use {str(message)[:45]} as a message of {' or '.join(ROLES)}; {FORM}")
+        for name, value in message.items():
+            if name not in ("role", "content") and value not in (None, "", []):
+                raise ValueError(f"message: {name!r:.60} is not supported, only role and content; pictures "
+                                 "are items of the content")
 
 
 def item_parts(item: object) -> list[Part]:
@@ -186,9 +189,11 @@ def item_parts(item: object) -> list[Part]:
     if sum(item.get(name) is not None for name in SOURCES[kind]) != 1:
         raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; other items have "
                          "none of them, not even as None")
+
+    # What doesn't decide the kind may be there and empty, as in the columns of a table.
     known = ("type", *SOURCES[kind], *OPTIONS[kind])
     for name, value in item.items():
-        if name not in known and value not in (None, ""):       # columns of a table may be empty
+        if name not in known and value not in (None, ""):
             raise ValueError(f"{kind} item: {name!r:.60} is not supported, only {', '.join(known)}")
 
     if kind == "text":
@@ -208,7 +213,7 @@ def item_kind(item: object) -> str:
             return "video"
         if isinstance(item.get("text"), str):
             return "text"
-    raise ValueError(f"cannot use {str(item)[:60]!r} as content; {FORM}")
+    raise ValueError(f"cannot use {str(item)[:45]!r} as content; {FORM}")
 
 
 # ---------------------------------------------------------------------------- the processor
@@ -246,9 +251,9 @@ class Processor:
     def __call__(self, messages: list, add_generation_prompt: bool = True) -> dict[str, torch.Tensor]:
         """The model's inputs for a conversation, or for a list of them as a left-padded batch; on the CPU.
 
-        input_ids, attention_mask (B, T) int64; mm_token_type_ids (B, T) int32, 0 text, 1 picture, 2 video;
-        and if there are any pixel_values, pixel_values_videos (N, 1176) float32; image_grid_thw,
-        video_grid_thw (items, 3) int64; second_per_grid_ts (videos,) float32.
+        input_ids, attention_mask (B, T) int64; mm_token_type_ids (B, T) int32: 0 text, 1 picture, 2 video.
+        For pictures: pixel_values (N, 1176) float32, image_grid_thw (pictures, 3) int64. For videos:
+        pixel_values_videos, video_grid_thw alike, and second_per_grid_ts (videos,) float32.
         Raises ValueError for malformed messages, and ValueError or OSError for files it cannot read.
         """
         is_batch = isinstance(messages, list) and messages and isinstance(messages[0], list)
@@ -259,7 +264,7 @@ class Processor:
             rows.append(row)
             media += its_media
 
-        # Pads come first, so that the next token of every row follows its last one.
+        # Pads come first, so that in every row the next token directly follows the last real one.
         token_id = self.tokenizer.token_to_id
         T = max(map(len, rows))
         input_ids = torch.tensor([[token_id(ENDOFTEXT)] * (T - len(row)) + row for row in rows])
@@ -270,11 +275,11 @@ class Processor:
         # Pictures and videos, each in the order of the whole batch.
         pictures = [medium for medium in media if medium.kind == "image"]
         if pictures:
-            inputs["pixel_values"] = self.normalize(np.concatenate([m.patches for m in pictures]))
+            inputs["pixel_values"] = self.normalize(*(medium.patches for medium in pictures))
             inputs["image_grid_thw"] = torch.tensor([m.grid for m in pictures])
         videos = [medium for medium in media if medium.kind == "video"]
         if videos:
-            inputs["pixel_values_videos"] = self.normalize(np.concatenate([m.patches for m in videos]))
+            inputs["pixel_values_videos"] = self.normalize(*(medium.patches for medium in videos))
             inputs["video_grid_thw"] = torch.tensor([m.grid for m in videos])
             inputs["second_per_grid_ts"] = torch.tensor([m.interval for m in videos])
         return inputs
@@ -307,7 +312,9 @@ class Processor:
         frames, count, seconds = open_video(source, number(item, "fps"))
         low = low or self.video_min_pixels
         high = high or self.video_max_pixels
-        if not high:        # a share of the total; temporal_patch_size frames become tokens together
+
+        # A share of the total, which counts a pair of frames once; but above low, as in qwen-vl-utils.
+        if not high:
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
         low = min(low, high)        # a video's own max_pixels may be below the checkpoint's minimum
@@ -321,14 +328,18 @@ class Processor:
             size = size or frame.size
             if frame.size != size:
                 raise ValueError(f"frames of {size} and {frame.size} pixels in a video; give them one size")
+
             height, width = smart_resize(
                 frame.height, frame.width, self.patch_size * self.merge_size, low, high)
             resized.append(np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)))
         return patchify(np.stack(resized), self.patch_size, self.temporal_patch_size, self.merge_size)
 
-    def normalize(self, patches: np.ndarray) -> torch.Tensor:
-        """Patches (N, 1176) uint8 as float32: from 0 to 1, minus the mean, divided by the deviation."""
-        x = patches.reshape(len(patches), 3, -1).astype(np.float32)     # patches, channels, the rest
+    def normalize(self, *patches: np.ndarray) -> torch.Tensor:
+        """Patches (N, 1176) uint8, of one picture or more, as float32: from 0 to 1, minus the mean, divided
+        by the deviation.
+        """
+        x = np.concatenate(patches, dtype=np.float32)       # the one copy of this size
+        x = x.reshape(len(x), 3, -1)                        # patches, channels, the rest
         x /= np.float32(255)
         x -= np.array(self.image_mean, np.float32)[:, None]
         x /= np.array(self.image_std, np.float32)[:, None]
@@ -342,47 +353,57 @@ def number(item: dict, name: str) -> float | None:
     value = item.get(name)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value < math.inf):
-        raise ValueError(f"{name} {value!r:.60}: must be above 0, a number")
+        raise ValueError(f"{name} {value!r:.60}: must be a number above 0")
     return value
 
 
 # What to do about a source that is not a path.
 NO_PATHS = {
     r"(?i)file:": "give the path alone, without file://",
-    r"(?i)data:|[\w+/=\s-]{400}": "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
+    r"(?i)data:|iVBORw0KGgo|/9j/|R0lGOD|UklGR|[\w+/=\s-]{400}":     # or how files begin in base64
+        "decode it, and open it with Pillow: Image.open(io.BytesIO(...))",
     r"(?i)[a-z][a-z\d+.-]+:/": "URLs are not fetched; download it first and give its path",
 }
 
 
 def local_path(source: object) -> Path:
-    if isinstance(source, dict) and source.keys() == {"url"}:       # {"image_url": {"url": path}}
+    if isinstance(source, dict) and "url" in source:        # {"image_url": {"url": path}}
+        others = [name for name, value in source.items() if name != "url" and value is not None]
+        if others:
+            raise ValueError(f"image_url: {others[0]!r:.60} is not supported, only url; for its size, give "
+                             "the item max_pixels")
         source = source["url"]
     if not isinstance(source, str | Path):
-        raise ValueError(f"{type(source).__name__} is no path; open files, and bytes in io.BytesIO, with "
+        raise ValueError(f"{type(source).__name__} is not a path; open files, or bytes in io.BytesIO, with "
                          "Image.open, arrays with Image.fromarray; a video is a folder, a file or a list")
-    # Not by Path.exists: Path("") is the working directory, and a name that is too long raises.
+
+    # Path.exists won't do: Path("") is the working directory, and a name that is too long raises.
     if os.path.exists(source):
         return Path(source)
 
     for pattern, advice in NO_PATHS.items():
         if re.match(pattern, str(source)):
             raise ValueError(f"{str(source)[:60]}: {advice}")
-    raise OSError(f"{source}: no such file; check the path")
+    raise OSError(f"{str(source)[:150]}: no such file; check the path")
 
 
 def read_frames(path: Path) -> Iterator[tuple[Image.Image, float]]:
-    """Each frame of a picture file and how many seconds it is shown; one frame for a still picture."""
+    """Each frame of a picture file and how many seconds it is shown for; one frame for a still picture."""
     if path.suffix.lower()[1:] in NOT_DECODED:
-        raise ValueError(f"{path}: video files are not decoded; extract frames first: mkdir frames && "
+        raise ValueError("video files are not decoded; extract frames first: mkdir frames && "
                          f"ffmpeg -i {path} -vf fps=2 frames/%05d.png, and give the folder with fps 2")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder is not a picture; name a file, or give it as a video with fps")
     try:
         with Image.open(path) as file:
             for frame in ImageSequence.Iterator(file):
                 frame.load()
                 yield ImageOps.exif_transpose(frame), frame.info.get("duration", 0) / 1000
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more pixels than Pillow opens; shrink it first") from None
     except Exception as error:      # decoders raise anything on a broken file
-        raise ValueError(f"{path}: Pillow cannot read it ({error}); get it again, or save it as PNG without "
-                         "its EXIF data") from None
+        raise ValueError(f"{path}: Pillow cannot read it ({error!s:.60}); if it is a picture, get it again, "
+                         "or save it as PNG without its EXIF data") from None
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -390,6 +411,7 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise ValueError(f"a picture with {image.mode} pixels (16 bits or more) would be clipped to white; "
                          "convert it to 8 bits first")
+
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -397,7 +419,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(source: object) -> Image.Image:
-    """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as it is."""
+    """A picture in RGB from a path, with its EXIF orientation applied, or from a PIL image as is."""
     if isinstance(source, Image.Image):
         try:
             source.load()
@@ -428,11 +450,12 @@ def by_number(file: Path) -> list[int | str]:
 
 
 def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, float]:
-    """Frames of an animated file, evenly spaced at about fps; how many, and the seconds between them.
+    """Frames of an animated file, at even numbers apart, so many that there are about fps in a second; how
+    many, and the seconds that each stands for.
 
     The file is read twice, so that only one frame at a time is held at full size.
     """
-    # How long each frame is shown. The fallback still of an animated PNG is not part of the animation.
+    # How long each frame is shown. The first of an animated PNG may be a fallback, outside the animation.
     delays = {i: delay for i, (frame, delay) in enumerate(read_frames(path))
               if i > 0 or not frame.info.get("default_image")}
     duration = sum(delays.values())

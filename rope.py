@@ -2,8 +2,8 @@
 the decoder (MRoPE, the multimodal form).
 
 A rotary embedding adds nothing to x. It takes the channels of a query or key in pairs, as points in a plane,
-and rotates each by position x frequency. The product of two rotated vectors then depends only on the distance
-between their positions.
+and rotates each by position x frequency. The dot product of two rotated vectors then depends on their
+positions only through the difference.
 
 Read from the top: the rotation itself, then the two axes of a patch, then the three axes of a token. Both
 rotary embeddings are half-split: channel i is paired with channel i + D/2, not with its neighbor i + 1.
@@ -47,7 +47,7 @@ def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
     """Row and column of every patch, in stored order.
 
     Patches are stored merge group by merge group, not in raster order: on a 4x4 grid with merge_size 2 the
-    first four are (0, 0), (0, 1), (1, 0), (1, 1). All frames of a video repeat the same positions.
+    first four are (0, 0), (0, 1), (1, 0), (1, 1). Every temporal patch of a video repeats these positions.
 
     grid_thw: (items, 3) int64: temporal patches, rows, columns. Returns (N, 2) int64 on the CPU.
     HF: get_vision_position_ids.
@@ -55,10 +55,10 @@ def vision_positions(grid_thw: Tensor, merge_size: int) -> Tensor:
     items = []
     for t, h, w in grid_thw.tolist():
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        frame = torch.stack((rows, columns), dim=-1)                            # (h, w, 2)
+        raster = torch.stack((rows, columns), dim=-1)                           # (h, w, 2)
 
         # From raster order to merge groups: group row, group column, row, column, 2.
-        groups = frame.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
+        groups = raster.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
         groups = groups.transpose(1, 2)
         items.append(groups.reshape(h * w, 2).repeat(t, 1))
     return torch.cat(items)
@@ -80,7 +80,7 @@ def vision_rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
 def item_positions(start: int, item: Item, merge_size: int, tokens_per_second: int) -> list[list[int]]:
     """[time, row, column] of the merge groups of a picture or video that begins at `start`."""
     t, h, w, interval = item
-    rows = torch.arange(h // merge_size)
+    rows = torch.arange(h // merge_size)        # of merge groups
     columns = torch.arange(w // merge_size)
 
     # Index x seconds x rate, in float32, truncated last: HF 4.57 truncates the seconds first.
@@ -108,7 +108,8 @@ def prompt_positions(
                 raise ValueError("the prompt has more placeholders than there are pictures or videos")
             block = item_positions(start, waiting[token].pop(0), merge_size, tokens_per_second)
             if ids[i:i + len(block)] != [token] * len(block):
-                raise ValueError(f"an item of {len(block)} merge groups needs as many placeholders, unmasked")
+                raise ValueError(f"an item of {len(block)} merge groups needs as many placeholders, "
+                                 "none of them masked")
         else:
             block = [[start] * 3]       # text: all three axes move together
 
@@ -140,8 +141,8 @@ def mrope_positions(
         row      0  1  |  2  2  2  3  3  3  |  5  6
         column   0  1  |  2  3  4  2  3  4  |  5  6
 
-    Six tokens, but only three positions. In a video, time follows the clock: frame i adds
-    trunc(i x seconds per temporal patch x tokens_per_second).
+    Six tokens, but only three positions. In a video, time follows the clock: temporal patch i is at
+    s + trunc(i x seconds per temporal patch x tokens_per_second).
 
     input_ids and attention_mask (1 real, 0 pad; not a way to hide a token): (B, T). Grids: (items, 3) in
     patches, in the order of the whole batch. second_per_grid_ts: seconds from one temporal patch to the next,
@@ -188,7 +189,8 @@ def mrope_rotary(
     """
     frequencies = inv_freq(head_dim, theta, position_ids.device).split(section)
 
-    # Each axis with its own share of the frequencies; strict, because HF also makes (4, B, T) tensors.
+    # Each axis with its own share of the frequencies. strict: HF also makes (4, B, T) tensors, which begin
+    # with an axis of plain text positions, and would be misread.
     angles = []
     for axis, part in zip(position_ids, frequencies, strict=True):
         angles.append(axis[:, :, None].float() * part)

@@ -1,8 +1,8 @@
 """Logits become tokens: how one is chosen, one step, the CUDA graph, the loop.
 
 Read from the top. The loop uses no tokenizer. Two counters run through it side by side: the slot in the
-cache, which counts tokens, and the MRoPE position, which a picture advances by less than its number of
-tokens.
+cache, which counts tokens, and the MRoPE position, which a picture advances only by its longer side, in merge
+groups.
 
 Next: load_weights.py, or straight to generate.py. Shapes: B batch, T prompt tokens, S slots of the cache.
 """
@@ -15,10 +15,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model import KVCache, Qwen2_5_VL
+from model import Config, KVCache, Qwen2_5_VL
 
 GREEDY_BELOW = 1e-5     # a lower temperature is argmax: published checkpoints say 1e-6 and mean that
-SLOTS = 64              # caches hold a multiple of it: kernels want masks whose rows are aligned
+SLOT_MULTIPLE = 64      # of a cache's length: kernels want masks whose rows are aligned
 
 
 # ---------------------------------------------------------------------------- choosing a token
@@ -28,7 +28,7 @@ class Sampler:
     """How a token is chosen. The defaults are greedy."""
     temperature: float = 0.0            # 0 is greedy
     top_k: int = 0                      # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0                  # keep the likeliest, of this probability together; 1 keeps all
+    top_p: float = 1.0                  # keep the likeliest that together reach this probability; 1 is all
     repetition_penalty: float = 1.0     # on ids of the prompt and the answer, not on padding
     seed: int | None = None
 
@@ -60,7 +60,7 @@ class Sampler:
             return logits.argmax(dim=-1)
         logits = logits / self.temperature
 
-        # Top-k: whatever is less likely than the k-th goes.
+        # Top-k: drop whatever is less likely than the k-th.
         if self.top_k > 0:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -102,9 +102,9 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
 
     A token of the 7B takes some 800 kernels, and most are done before Python has launched the next one. The
     graph changes nothing else: the same kernels run in the same order, and none are fused. So a step must
-    find all it reads at the same addresses each time, look at no value, and leave nothing that changes to
-    Python, which a replay does not ask. The step must have run before: what libraries do at their first call,
-    a capture forbids.
+    find all it reads at the same addresses each time, look at no value, and keep nothing that changes in
+    Python, since a replay runs no Python. The step must have run once before: libraries set themselves up at
+    their first call, which a capture forbids.
     """
     device = cache.k.device
     with torch.cuda.device(device):
@@ -124,7 +124,17 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
 
 def slots_needed(prompt: int, new: int) -> int:
     """How many slots a cache needs for this many tokens of prompt and answer."""
-    return math.ceil((prompt + new) / SLOTS) * SLOTS
+    return math.ceil((prompt + new) / SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+def check_length(prompt: int, new: int, config: Config) -> None:
+    """ValueError if no token is asked for, or if prompt and answer exceed the context."""
+    limit = config.max_position_embeddings
+    if new < 1:
+        raise ValueError(f"max_new_tokens {new}: must be at least 1")
+    if prompt + new > limit:
+        raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the context of {limit}: "
+                         "use fewer new tokens, or fewer or smaller pictures")
 
 
 def generate(
@@ -136,7 +146,7 @@ def generate(
     graph: bool | None = None,
     **sampling,
 ) -> Iterator[Tensor]:
-    """The answer to a processor's inputs, a token of every row at a time: (B,) int64 on the CPU, eos too.
+    """The answer to a processor's inputs, one token per row at a time: (B,) int64 on the CPU, eos included.
 
     A row that has met one of eos_token_id yields pad_token_id; the iterator ends when every row has, or after
     max_new_tokens. sampling: the fields of `Sampler`; greedy if nothing is given. graph: replay a CUDA graph
@@ -145,15 +155,10 @@ def generate(
     """
     T = inputs["input_ids"].shape[1]
     mask = inputs.get("attention_mask", torch.ones(1, 1))
-    limit = model.config.max_position_embeddings
     if (mask[:, 1:] < mask[:, :-1]).any() or not mask[:, -1].all():
         raise ValueError("attention_mask: pads must come first in a row and nowhere else, or the answer does "
                          "not follow its prompt; pad on the left (padding_side='left')")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    if T + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of "
-                         f"{limit}: use fewer new tokens, or fewer or smaller pictures")
+    check_length(T, max_new_tokens, model.config)
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph: the model is on {model.device}, and only CUDA has graphs; leave it out")
     if graph is None:
@@ -198,8 +203,9 @@ def token_loop(
         row[ids[real]] = True
     seen = seen.to(device)
 
-    # What every step reads and writes, in place. A CUDA graph knows these addresses and nothing else: it
-    # reads token and mask, moves position and cache.end on, fills the cache, and overwrites its logits.
+    # What every step reads and writes, in place. Besides the weights a CUDA graph knows these addresses and
+    # nothing else: it reads token and mask, moves position and cache.end on, fills the cache, and overwrites
+    # its logits.
     S = slots_needed(T, max_new_tokens)
     unpadded = bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, S - T)), dim=1).to(device)
@@ -208,9 +214,10 @@ def token_loop(
     position = next_position[:, None].to(device)
 
     def step() -> Tensor:
-        # A graph's mask cannot grow. The whole one says the same: `causal_mask` hides the slots ahead.
+        if graph:       # its mask cannot grow: the whole one, of which `causal_mask` hides the slots ahead
+            return decode_step(model, token, position, mask, cache)
         visible = None if unpadded else mask[:, :cache.length + 1]
-        return decode_step(model, token, position, mask if graph else visible, cache)
+        return decode_step(model, token, position, visible, cache)
 
     # Read the prompt.
     x = model.embed(input_ids, **pixels, **grids)
@@ -218,7 +225,8 @@ def token_loop(
     logits = model.logits(x, position_ids.to(device), visible, cache, last_only=True)[:, -1]
     del x
 
-    # One token at a time. The second is also the trial run that a capture needs.
+    # One token at a time. The first comes from the prompt's logits, the second from a step as it stands,
+    # which is also the trial run that a capture needs; from the third on the graph is replayed.
     finished = torch.zeros(B, dtype=torch.bool)
     for n in range(max_new_tokens):
         if n == 2 and graph:

@@ -2,9 +2,10 @@
 
 Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
-Most blocks attend inside windows, a few inside the whole frame, none across frames or items: apart from the
-two frames that share a patch, only the decoder knows about time. A patch is 14 pixels a side, a merge group
-28 (2 x 2 patches, one token for the decoder), a window 112.
+A patch is 14 pixels a side, a merge group 28 (2 x 2 patches, one token for the decoder), a window 112.
+
+Two frames of a video share their patches, and from here on such a pair is one frame. Most blocks attend
+inside windows, a few inside the whole frame, none across frames or items: only the decoder knows about time.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
 
@@ -33,7 +34,7 @@ class VisionConfig:
     out_hidden_size: int                    # the decoder's width
     in_chans: int
     patch_size: int                         # pixels
-    temporal_patch_size: int                # frames
+    temporal_patch_size: int                # frames of a video in one patch
     spatial_merge_size: int                 # patches per side of a merge group
     window_size: int                        # pixels, not patches
     fullatt_block_indexes: tuple[int, ...]  # blocks that attend inside the whole frame
@@ -41,7 +42,7 @@ class VisionConfig:
 
     def __post_init__(self):
         group = self.patch_size * self.spatial_merge_size
-        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
+        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):   # channel pairs for two axes
             raise ValueError(f"vision hidden_size {self.hidden_size} must be a multiple of "
                              f"4 x num_heads {self.num_heads}")
         if group < 1 or self.window_size < 1 or self.window_size % group:
@@ -61,9 +62,9 @@ class VisionConfig:
 # ---------------------------------------------------------------------------- shared with the decoder
 
 class RMSNorm(nn.Module):
-    """x / rms(x), in float32 inside, cast back, and only then multiplied by the weight.
+    """x / rms(x), cast back to x's dtype, and only then multiplied by the weight.
 
-    HF: Qwen2_5_VLRMSNorm.
+    F.rms_norm computes in float32 by itself. HF: Qwen2_5_VLRMSNorm.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -90,33 +91,34 @@ class SwiGLU(nn.Module):
 
 # Attention is a function: attend(q, k, v, mask, causal).
 #
-# q (B, H, T, D); k and v (B, kv heads, S, D), each shared by H / kv heads neighbors in q. Returns
-# (B, H, T, D). mask: None, or what to add to the scores, (B or 1, 1, T, S). causal: a query sees the keys up
-# to itself, without a mask tensor; there must be as many keys as queries.
+# q (B, H, T, D); k and v (B, kv heads, S, D); a key head serves H / (kv heads) neighboring query heads.
+# Returns (B, H, T, D). mask: None, or what to add to the scores, (B or 1, 1, T, S). causal: a query sees the
+# keys up to itself, without a mask tensor; there must be as many keys as queries.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; a view if there are H."""
+    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; no copy if kv heads == H."""
     return x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention by torch's fused kernels, which hold no tensor of T x S."""
+    """Attention by torch's fused kernels, which hold no T x S tensor of weights."""
     B, H, T, D = q.shape
     kv_heads = k.shape[1]
     assert k.shape == v.shape and H % kv_heads == 0, (q.shape, k.shape, v.shape)
 
     if T == 1:
-        # One new token: the query heads that share a key head take the place of T, so no key is repeated.
-        # (B, H, 1, D) -> (B, kv heads, H / kv heads, D)
+        # One new token: the query heads that share a key head become its T queries, so no key is repeated.
+        # (B, H, 1, D) -> (B, kv heads, H / (kv heads), D)
         q = q.reshape(B, kv_heads, -1, D)
     else:
         # Repeated, because enable_gqa would rule out the kernels that take a mask.
         k = repeat_heads(k, H)
         v = repeat_heads(v, H)
 
-    # With a mask, CUDA's fused kernels would run one thread block per key head; two products fill the card.
+    # With a mask, CUDA's fused kernels would run one thread block per key head, and leave most of the card
+    # idle. The two plain products of `eager` use all of it.
     if T == 1 and q.is_cuda and mask is not None:
         y = eager(q, k, v, mask, causal)
     else:
@@ -125,7 +127,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> 
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S). The softmax is in float32 inside, whatever the dtype."""
+    """softmax(q k^T / sqrt(D) + mask), (B, H, T, S). torch's softmax is in float32 inside."""
     B, H, T, D = q.shape
     S = k.shape[2]
     assert T == S or not causal, (q.shape, k.shape)
@@ -147,7 +149,10 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
 # ---------------------------------------------------------------------------- patches and windows
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride equals its kernel: a linear map of the flattened patch, computed as one."""
+    """A convolution whose stride is its kernel is a linear map of each flattened patch, and computed as that.
+
+    Its weights are in the order of a row of pixel_values: channel, frame, y, x.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -159,9 +164,9 @@ class PatchEmbed(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How attention cuts up a picture or video: every frame holds the same runs of equal windows.
+    """How attention cuts up a picture or video. A run is a number of equal windows; frames are all cut alike.
 
-    420 pixels wide and 280 high, windows of 112: one frame, runs [(6, 64), (2, 48), (3, 32), (1, 24)].
+    A picture 420 pixels wide and 280 high is 1 frame, with runs [(6, 64), (2, 48), (3, 32), (1, 24)].
     """
     frames: int
     runs: list[tuple[int, int]]     # (number of windows, patches in each), in window order
@@ -188,7 +193,7 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
     layouts = []
     start = 0
     for t, h, w in grid_thw.tolist():
-        rows = h // merge_size
+        rows = h // merge_size          # of groups
         columns = w // merge_size
         groups = torch.arange(start, start + t * rows * columns).view(t, rows, columns)
         start += t * rows * columns
@@ -275,7 +280,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.dim = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)       # each patch by itself, before they are joined
+        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)       # of each patch, before four are joined
         self.mlp = nn.Sequential(
             nn.Linear(self.dim, self.dim),
             nn.GELU(),

@@ -441,7 +441,8 @@ def test_a_graph_on_the_cpu_is_refused(pairs):
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130 MiB."),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 136314880 bytes."),
-], ids=["cuda", "cpu"])
+    MemoryError(),
+], ids=["cuda", "cpu", "python"])
 @pytest.mark.parametrize("where, remedy", [
     ("load_model", "use --dtype bfloat16, a smaller checkpoint or a larger card"),
     ("generate", "use a smaller --max-pixels or --dtype bfloat16"),
@@ -456,7 +457,23 @@ def test_out_of_memory_says_what_helps(where, remedy, error, monkeypatch, capsys
     assert capsys.readouterr().err.splitlines()[-1] == f"error: out of memory; {remedy}"
 
 
+def test_another_error_is_not_called_out_of_memory(monkeypatch):
+    """Bug: advice about memory where something else is wrong, which nobody finds then."""
+    def wrong(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (73x192 and 128x192)")
+
+    monkeypatch.setattr(program, "load_model", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        program.main([])
+
+
 # ---------------------------------------------------------------------------- kernels
+
+def test_frequencies_are_computed_on_the_cpu(card):
+    """Bug: powers of the card's own, whose last bits are others."""
+    rope.inv_freq(128, 1e6, DEVICE)
+    assert card.kernels == [aten._to_copy]
+
 
 def test_a_step_of_the_7b_launches_no_more_kernels(tmp_path, monkeypatch):
     """Bug: casts and copies that creep in, a few in every layer, at 1 to 3 us each. From shapes alone."""

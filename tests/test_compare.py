@@ -267,6 +267,30 @@ def test_a_third_set_to_zero_is_noticed_in_bfloat16():
         assert row.leaves and row.so_far[0] < compare.BOUNDS["bfloat16"][0]
 
 
+@pytest.mark.parametrize("dtype, wrong", [("float32", 1e-4), ("float16", 3e-2), ("bfloat16", 2e-1)])
+def test_a_wrong_scale_leaves_and_rounding_does_not(right, dtype, wrong):
+    """Bug: bounds of a dtype so wide that a formula passes, or so narrow that rounding fails."""
+    for name in ("visual.blocks.2", "model.layers.3", "logits"):
+        rounded = right[name].to(getattr(torch, dtype)).float()
+        for theirs, leaves in ((rounded, False), (rounded * (1 + wrong), True)):
+            compared, _ = compare.compare(right, right | {name: theirs}, dtype)
+            assert [row.name for row in compared if row.leaves] == [name] * leaves
+
+    # Pixels are only divided by 255, which no dtype of a model changes.
+    theirs = right | {"pixel_values": right["pixel_values"].half().float()}
+    compared, _ = compare.compare(right, theirs, dtype)
+    assert [row.name for row in compared if row.leaves] == ["pixel_values"]
+
+
+def test_one_wrong_number_is_noticed(right, engine):
+    """Bug: the mean over a whole row hides it."""
+    logits = right["logits"].clone()
+    logits[0, 20, 7] += 1e-4 * logits.abs().max()
+    compared, _ = compare.compare(right, right | {"logits": logits}, model=engine.model)
+    (row,) = [row for row in compared if row.fails]
+    assert row.name == "logits" and row.so_far[1] < compare.BOUNDS["float32"][1]
+
+
 def test_numbers_that_are_not_numbers_leave(right):
     """NaN is not larger than a tolerance."""
     compared, _ = compare.compare(right, right | {"logits": torch.full_like(right["logits"], torch.nan)})

@@ -1,5 +1,6 @@
 """tools/figures.py: the numbers in the README's figures are those that the modules compute."""
 
+import drawing
 import figures
 import figures_graph
 import numpy as np
@@ -14,10 +15,6 @@ from model import Qwen2_5_VL
 from processing import open_video
 from sampling import generate
 from vision import attention_weights, eager
-
-# The windows of a frame of 6 or 5 x 9 merge groups, row by row.
-UPPER = [0, 0, 0, 0, 1, 1, 1, 1, 2]
-LOWER = [3, 3, 3, 3, 4, 4, 4, 4, 5]
 
 
 def test_first_screen_has_boxes_of_the_original_picture(tmp_path, monkeypatch):
@@ -34,7 +31,9 @@ def test_first_screen_has_boxes_of_the_original_picture(tmp_path, monkeypatch):
 
     numbers = figures.draw_first(tmp_path)
     assert numbers["boxes"] == [((16, 42, 32, 84), "it")] * 2
-    assert numbers["windows"].tolist() == [UPPER] * 4 + [LOWER] * 2
+    upper = [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    lower = [3, 3, 3, 3, 4, 4, 4, 4, 5]
+    assert numbers["windows"].tolist() == [upper] * 4 + [lower] * 2
 
 
 def test_map_has_the_shapes_of_a_run(tmp_path, published):
@@ -57,8 +56,10 @@ def run_shapes(model, inputs):
     """The shapes at the places of the map when a model reads a prompt."""
     pixels = inputs["pixel_values"].to(model.device)
     grid = inputs["image_grid_thw"]
+    embedded = []
     patched = []
     reached = []
+    model.visual.patch_embed.register_forward_hook(lambda module, args, x: embedded.append(x))
     model.visual.blocks[-1].register_forward_hook(lambda module, args, x: patched.append(x))
     model.model.layers[-1].register_forward_hook(lambda module, args, x: reached.append(x))
 
@@ -73,6 +74,7 @@ def run_shapes(model, inputs):
     return {
         "picture": (h, w, 3),
         "pixel_values": tuple(pixels.shape),
+        "patch embedding": tuple(embedded[0].shape),
         "tower": tuple(patched[0].shape),
         "vision tokens": tuple(tokens.shape),
         "input_ids": tuple(ids.shape),
@@ -110,30 +112,17 @@ def test_windows_are_stored_whole(tmp_path):
     """Bug: windows of another size, the order undone twice, or other full blocks."""
     numbers = figures.draw_windows(tmp_path)
     windows = numbers["windows"]
-    assert windows.tolist() == [UPPER] * 4 + [LOWER]
+    assert windows.tolist() == [[0, 0, 0, 0, 1]] * 4 + [[2, 2, 2, 2, 3]]
     assert torch.equal(numbers["order"], windows.flatten().argsort(stable=True))
     assert numbers["full"] == (7, 15, 23, 31)
-
-
-def test_text_resumes_after_the_largest_position_of_the_picture(tmp_path):
-    """Bug: the text after a picture counted by its tokens."""
-    numbers = figures.draw_positions(tmp_path)
-    positions = numbers["positions"]
-    time, row, column = positions[:, 15:21].tolist()
-    assert time == [15, 15, 15, 15, 15, 15]
-    assert row == [15, 15, 15, 16, 16, 16]
-    assert column == [15, 16, 17, 15, 16, 17]
-    for axis in positions[:, 21:].tolist():
-        assert axis == list(range(18, 28))
-    assert numbers["following"] == 28
 
 
 def test_time_goes_by_the_seconds(tmp_path):
     """Bug: time counted in frames, or text that resumes after the last time although columns go further."""
     assert figures.draw_time(tmp_path) == {
-        "1 fps": dict(times=[0, 4, 8], text=9),
-        "2 fps": dict(times=[0, 2, 4, 6, 8, 10], text=11),
-        "4 fps": dict(times=list(range(12)), text=12),
+        "1 fps": dict(times=[0, 4], text=5),
+        "2 fps": dict(times=[0, 2, 4, 6], text=7),
+        "4 fps": dict(times=list(range(8)), text=8),
         "6 groups wide, 2 fps": dict(times=[0, 2], text=6),
     }
 
@@ -197,3 +186,21 @@ def test_kernels_wait_for_python_or_for_each_other(tmp_path):
     assert times["starts"] == [max(after, launched) for after, launched in zip([0, *ends], ready)]
     assert times["replayed"][-1] == figures_graph.REPLAY + sum(lengths[:-1])
     assert times["replayed"][-1] < times["starts"][-1]
+
+
+def test_a_text_that_a_phone_cannot_show_is_not_drawn(tmp_path):
+    """Bug: text of fewer than 8.6 of a phone's pixels, or one that the edge of a figure cuts off."""
+    for style in (dict(size=11), dict(x=6.5), dict(y=1)):
+        figure, axis = drawing.canvas(1, "Title")
+        axis.text(**dict(x=1, y=0.5, s="text", va="top") | style)
+        with pytest.raises(AssertionError):
+            drawing.save(figure, tmp_path / "it.png")
+
+
+def test_every_figure_is_shown_somewhere_and_sharp():
+    """Bug: a figure that no page shows, or one of another width than the others."""
+    pages = [figures.ROOT / "README.md", *figures.ROOT.glob("docs/*.md")]
+    shown = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for name in figures.FIGURES.keys() - {"demo"}:
+        assert f"assets/{name}.png" in shown, name
+        assert Image.open(figures.ROOT / "assets" / f"{name}.png").width == 1210, name

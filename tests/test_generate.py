@@ -122,6 +122,10 @@ def test_settings_are_the_checkpoints_unless_a_flag_says_otherwise(say, monkeypa
     prompt = load_processor(TINY).tokenizer.decode(asked["inputs"]["input_ids"][0].tolist(), False)
     assert prompt.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
 
+    # A video takes the place of the demo picture.
+    assert say("--video", str(ROOT / "assets" / "demo.webp"))[0] == 0
+    assert asked["inputs"]["mm_token_type_ids"].unique().tolist() == [0, 2]
+
 
 def test_the_attention_that_is_asked_for_runs(say, monkeypatch):
     """Bug: --attention is accepted, and the other one runs: in the tower, in the decoder, or in a step."""
@@ -169,6 +173,19 @@ def test_terminal_never_obeys_the_answer(say, monkeypatch):
     assert say()[1] == "red [2Jb\tc\n~\xa0é\u2028\n"
 
 
+def test_answer_is_shown_as_it_comes(say, monkeypatch):
+    """Bug: it stays in a buffer, and whoever reads a pipe gets it all at once."""
+    class Pipe(io.StringIO):
+        """Notes what has arrived at every flush."""
+        def flush(self):
+            arrived.append(self.getvalue())
+
+    arrived = []
+    monkeypatch.setattr("sys.stdout", Pipe())
+    assert say()[0] == 0
+    assert len(set(arrived)) > 10
+
+
 def test_line_before_counts_the_bytes_of_the_32b(tmp_path):
     """Bugs: bytes of another dtype, a cache without its keys or its spare slots, sides swapped."""
     config = load_config(write(tmp_path, flat("32B")))
@@ -203,14 +220,15 @@ def test_line_after_says_what_it_took(monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["--unknown"], "unrecognized arguments: --unknown; see python generate.py --help"),
+    (["--temp", "1"], "unrecognized arguments: --temp 1; see python generate.py --help"),
     (["--model", "tiny"], "nothing to answer; give --prompt, --image or --video"),
     (["--fps", "2"], "--fps without --video; give --video, or leave --fps out"),
     (["--prompt", ""], "the prompt is empty; ask something"),
     (["--video", ""], ": no such file; check the path"),
     (["--image", "a\nb.png"], "a b.png: no such file; check the path"),
+    (["--image", "a\x1b[2J\x9b1mb.png"], "error: a[2J1mb.png: no such file; check the path"),
     (["--model", "", "--prompt", "Hi"], ": no such directory; give a checkpoint's directory or a hub id"),
     (["--dtype", "float16"], "dtype float16: use bfloat16 or float32; float16 overflows in the vision tower"),
-    (["--max-new-tokens", "32700"], "73 tokens and 32700 new ones exceed the context of 32768: use fewer"),
 ])
 def test_mistake_is_one_line(argv, message, say, monkeypatch):
     """Bug: it ends in a traceback, in several lines, on stdout, or without a remedy."""
@@ -220,6 +238,25 @@ def test_mistake_is_one_line(argv, message, say, monkeypatch):
     assert out == ""
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or above"),
+    (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or above"),
+    (["--top-p", "2"], "top_p 2.0: must be above 0 and at most 1"),
+    (["--seed", "-1"], "seed -1: must be from 0 to 2**64 - 1"),
+    (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
+    (["--max-new-tokens", "32700"], "73 tokens and 32700 new ones exceed the context of 32768: use fewer"),
+    (["--max-pixels", "-1"], "max_pixels -1: must be above 0"),
+    (["--video", str(ROOT / "assets" / "demo.webp"), "--fps", "0"], "fps 0.0: must be a number above 0"),
+])
+def test_meaningless_number_costs_no_loading(argv, message, capsys):
+    """Bug: it is said after the weights have been read, which takes minutes for the 72B."""
+    def load(*args):
+        raise AssertionError("loaded")
+
+    assert main(argv, load) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed, asked", [

@@ -1,7 +1,9 @@
 """The decoder and the whole model: parity, the cache, batches, and random mixes of everything."""
 
+import copy
 import random
 from collections import defaultdict
+from dataclasses import replace
 from inspect import signature
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import (
     FAMILY,
     MIXED_ROWS,
     ROWS,
+    VIDEO,
     VIDEO_ROWS,
     Largest,
     assert_close,
@@ -229,6 +232,13 @@ def test_batch_equals_single(pair):
         assert_close("itself: batch = single", together[b, mask], alone)
 
 
+def test_masks_are_in_the_models_dtype(pair):
+    """Bug: a mask in float32, which makes weights that bfloat16 values cannot be multiplied with."""
+    model = copy.deepcopy(pair.ours).bfloat16()
+    logits = model(**prompts(ROWS["padded batch"]))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
 def test_prefill_makes_no_mask(pairs):
     """Bug: an unpadded prompt gets a mask tensor, and memory grows with the square of its tokens."""
     model = pairs("sdpa").ours
@@ -255,8 +265,30 @@ def test_placeholders_must_match_vision_tokens(pairs):
     model = pairs("sdpa").ours
     inputs = prompts(ROWS["one picture"])
     half = inputs["pixel_values"][:260]
-    with pytest.raises(ValueError, match="130 placeholders for pictures or for videos, which take 65"):
+    with pytest.raises(ValueError, match="130 placeholders .* but their pixels make 65"):
         model.embed(inputs["input_ids"], half, torch.tensor([[1, 10, 26]]))
+
+
+def test_placeholders_of_videos_must_not_stay(pairs):
+    """Bug: without their pixels they are read as words."""
+    with pytest.raises(ValueError, match="135 placeholders .* but their pixels make 0"):
+        pairs("sdpa").ours.embed(prompts(VIDEO_ROWS)["input_ids"])
+
+
+def test_positions_go_by_the_config(pairs):
+    """Bugs: the published rate, or another of the published 2s, whatever config.json says."""
+    config = pairs("sdpa").ours.config
+    tower = replace(config.vision, spatial_merge_size=4, tokens_per_second=5)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(replace(config, vision=tower))
+
+    grid_thw = torch.tensor([[3, 8, 8]])        # three frames of 2 x 2 groups, a second each
+    ids = torch.full((1, 12), VIDEO)
+    positions, _ = model.positions(ids, video_grid_thw=grid_thw, second_per_grid_ts=[1.0])
+    time, row, column = positions[:, 0].tolist()
+    assert time == [0] * 4 + [5] * 4 + [10] * 4
+    assert row == [0, 0, 1, 1] * 3
+    assert column == [0, 1, 0, 1] * 3
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 3), (3, 1, 1), (1, 3)], ids=str)
@@ -264,6 +296,22 @@ def test_position_ids_must_match_the_tokens(pairs, shape):
     """Bug: Hugging Face's (4, B, T), or one position for all tokens, is broadcast to something."""
     with pytest.raises(AssertionError):
         pairs("sdpa").ours.logits(torch.zeros(1, 3, 256), torch.zeros(shape).long())
+
+
+@pytest.mark.parametrize("cached, length", [(False, 4), (False, 6), (True, 4), (True, 9)])
+def test_mask_must_cover_the_tokens(pairs, cached, length):
+    """Bug: a mask of another prompt's length is cut, or goes on into slots that are not there."""
+    model = pairs("sdpa").ours
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32) if cached else None
+    with pytest.raises(AssertionError):
+        model.logits(torch.zeros(1, 5, 256), torch.zeros(3, 1, 5).long(), torch.ones(1, length), cache)
+
+
+def test_every_parameter_can_be_trained(pairs):
+    """Bug: the embedding is frozen, because it is made from a tensor."""
+    with torch.device("meta"):
+        model = Qwen2_5_VL(pairs("sdpa").ours.config)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_inputs_move_to_the_model(tmp_path, monkeypatch):

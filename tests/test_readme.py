@@ -1,4 +1,6 @@
-"""The README can't rot: its commands and examples run, its names exist, its numbers are computed again."""
+"""The README can't rot: its commands and examples run, its names exist, its numbers are computed again.
+So do the examples of docs/play.md, which go on where those of the README ended.
+"""
 
 import importlib
 import re
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = " ".join(README.split())        # wherever its lines are broken
 COMMANDS = re.findall(r"^\$ (?:pip .* && )?(python (?!.*Qwen/).*)\n((?:(?![$`]).*\n)*)", README, re.MULTILINE)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PLAY = (ROOT / "docs/play.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README + PLAY, re.DOTALL)
 FILES = re.search(r"## The files, in reading order\n\n```\n(.*?)```", README, re.DOTALL)[1]
 
 
@@ -73,19 +76,39 @@ def test_named_functions_exist():
             reduce(getattr, path.split("."), importlib.import_module(module))
 
 
+def anchors(page):
+    """What can be linked to in a page: its headings, as GitHub spells them."""
+    titles = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Bug: a file or a section that has gone, or was never written."""
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
+    for target in links + re.findall(r'<img src="([^"]+)"', text):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
 # ---------------------------------------------------------------------------- what it computes
 
 def test_table_of_published_checkpoints_is_computed(tmp_path):
-    """Bug: a stale number of weights, of cache per 1,000 tokens, or of a picture of one megapixel."""
+    """Bug: a stale number of weights, of cache per 1,000 tokens, or of tokens of a megapixel."""
     height, width = smart_resize(1000, 1000)
-    tokens = height * width // 28**2
-    assert f"{tokens:,} tokens" in README
+    assert f"1000 x 1000 pixels has {height * width // 28**2:,} tokens" in README
 
     for size, published in FAMILY.items():
         config = load_config(write(tmp_path, flat(size)))
         per_token = KVCache(config, 1, 1, "meta", torch.bfloat16).nbytes
         weights = f"{published.nbytes / 1e9:.1f} GB"
-        cache = f"{per_token / 1e3:.0f} MB | {per_token * tokens / 1e6:.0f} MB"
+        cache = f"{per_token / 1e3:.0f} MB"
         assert re.search(rf"\| \S*{size}\S* \| {re.escape(f'{weights} | {cache}')} \|", README), size
         if size == "7B":
             assert f"2 bytes = {per_token}." in README
@@ -101,9 +124,9 @@ def test_table_of_sizes_is_computed(tmp_path):
         tower = config.vision
         heads = f"{config.num_attention_heads} / {config.num_key_value_heads}"
         head = "tied" if config.tie_word_embeddings else "own"
-        blocks = f"{tower.depth}, {len(tower.fullatt_block_indexes)}"
+        blocks = f"{tower.depth} ({len(tower.fullatt_block_indexes)})"
         row = (size, config.num_hidden_layers, config.hidden_size, heads, config.intermediate_size,
-               config.vocab_size, head, blocks, tower.hidden_size, tower.num_heads, tower.intermediate_size)
+               head, blocks, tower.hidden_size, tower.num_heads, tower.intermediate_size)
         assert f"| {' | '.join(map(str, row))} |" in README, size
 
 

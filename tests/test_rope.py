@@ -178,11 +178,24 @@ def test_index_times_seconds_comes_first():
     assert not torch.equal(times, (i * (0.28 * 25)).long())
 
 
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device."""
+    device = torch.device("meta")
+
+
+def test_positions_are_where_the_ids_are():
+    """Bug: they stay on the CPU, where they were counted."""
+    ids = torch.tensor([[7, 8, 9]]).as_subclass(Elsewhere)
+    positions, following = mrope_positions(ids, **IDS)
+    assert positions.device == following.device == Elsewhere.device
+
+
 @pytest.mark.parametrize("ids, grids, message", [
     ([1, 2], dict(image_grid_thw=PICTURE), "more pictures or videos than"),
     ([1, 2], dict(video_grid_thw=PICTURE, second_per_grid_ts=[1.0]), "more pictures or videos than"),
     ([1, IMAGE], {}, "more placeholders than"),
     ([IMAGE] * 3 + [1], dict(image_grid_thw=PICTURE), "4 merge groups needs as many"),
+    ([1, 2], dict(second_per_grid_ts=[1.0]), "0 videos but 1 second_per_grid_ts: pass one"),
     ([VIDEO] * 4, dict(video_grid_thw=PICTURE), "1 videos but 0 second_per_grid_ts: pass one"),
 ])
 def test_placeholders_must_match_grids_and_seconds(ids, grids, message):

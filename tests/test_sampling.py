@@ -177,6 +177,7 @@ def test_edges_of_top_k_and_top_p_equal_hugging_face():
         (dict(top_k=3), hf.TopKLogitsWarper(3)),
         (dict(top_p=0.5), hf.TopPLogitsWarper(0.5)),
         (dict(top_p=0.75), hf.TopPLogitsWarper(0.75)),
+        (dict(top_p=1e-9), hf.TopPLogitsWarper(1e-9)),      # in float32 all of them are unlikely
     ]
     for settings, rule in cases:
         kept = {Sampler(1.0, **settings)(logits, seen).item() for _ in range(200)}
@@ -217,7 +218,7 @@ def test_settings_at_their_limits_are_accepted(pairs):
         generate(model, prompts([[9]]), **settings)
 
     # The cache is then full to its last slot.
-    inputs = prompts([[sampling.SLOTS - 8]])
+    inputs = prompts([[sampling.SLOT_MULTIPLE - 8]])
     assert ours(model, inputs, max_new_tokens=8).shape == (1, 8)
 
 
@@ -359,6 +360,33 @@ def test_defaults_are_greedy_and_256_tokens(pairs):
     tokens = ours(model, inputs)
     assert tokens.shape == (1, 256)
     assert torch.equal(tokens[:, :24], ours(model, inputs, max_new_tokens=24, temperature=0.0))
+
+
+def test_ended_rows_are_padded_with_0(pairs):
+    """Bug: with something else, where nothing is asked for."""
+    model = pairs("sdpa").ours
+    inputs = prompts([[20], [30]])
+    end = ours(model, inputs, max_new_tokens=12)[0, 2].item()
+    tokens = ours(model, inputs, max_new_tokens=12, eos_token_id=end)
+    first = tokens[0].tolist().index(end)
+    assert tokens[0, first + 1:].tolist() == [0] * (11 - first)
+
+
+def test_a_seed_is_its_answers_own(pairs):
+    """Bugs: a seed that nobody gave; one that is set for all that draw."""
+    model = pairs("sdpa").ours
+    inputs = prompts([[9]])
+    settings = dict(max_new_tokens=12, temperature=3.0)
+
+    # Without a seed, torch's own chance.
+    torch.manual_seed(1)
+    first = ours(model, inputs, **settings)
+    assert not torch.equal(ours(model, inputs, **settings), first)
+
+    # It is as if an answer with a seed had not been.
+    torch.manual_seed(1)
+    ours(model, inputs, **settings, seed=2)
+    assert torch.equal(ours(model, inputs, **settings), first)
 
 
 # ---------------------------------------------------------------------------- where it can be used

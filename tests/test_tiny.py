@@ -9,10 +9,14 @@ import random
 import re
 import shutil
 import statistics
+import sys
 from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
 
 import boxes
 import evaluate_tiny
+import numpy as np
 import pytest
 import scenes
 import torch
@@ -181,7 +185,6 @@ def test_branch_equals_the_conversation_it_stands_for(kind):
     """Bug: a branch is trained on other ids, positions or visible tokens than the question has alone."""
     batch = batch_of(kind)
     trainer = train_tiny.Trainer(load_config(TINY), seed=0, rate=0.0)
-    trainer.model.float()
     _, row, tokens = next(place for place in batch.places if place.kind == kind)
     assert batch.is_video == (kind == "video")
     assert batch.pictures == (2 if kind == "compare" else 1)
@@ -278,6 +281,32 @@ def test_restored_trainer_takes_the_same_step(narrow):
         each.step(batch, tower_only=False, progress=0.5)
     for master, other in zip(trainer.masters, restored.masters, strict=True):
         assert torch.equal(master, other)
+
+
+def test_start_begins_with_the_checkpoints_weights(tmp_path):
+    """Bug: `--start` trains from nothing, or what it saves is not what it trained."""
+    train_tiny.train(tmp_path, seed=1, steps=1, tower_steps=1, size=2, rate=0.0, start=TINY)
+    ours = load_model(tmp_path).state_dict()
+    for name, weight in load_model(TINY).state_dict().items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_recipe_for_a_shape_of_your_own_draws_it():
+    """Bug: the page's two edits don't fit the file any more, or draw another shape."""
+    page = (TINY.parent / "docs" / "tiny.md").read_text(encoding="utf-8")
+    shapes, corners = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    source = Path(scenes.__file__).read_text(encoding="utf-8")
+    source, first = re.subn(r"^SHAPES = .*\n", shapes, source, flags=re.MULTILINE)
+    source, second = re.subn(r"^    else:       # a star", rf"{corners}\g<0>", source, flags=re.MULTILINE)
+    assert (first, second) == (1, 1)
+
+    edited = ModuleType("scenes_with_diamonds")
+    sys.modules[edited.__name__] = edited       # where a dataclass looks its module up
+    exec(source, edited.__dict__)
+    mask = np.asarray(edited.shape_mask("diamond", 21, smooth=False)) > 0
+    assert mask[0].sum() <= 3 and mask[10].all() and mask[20].sum() <= 3
+    assert "diamond" in {thing.shape for seed in range(9) for thing in edited.make_sample(
+        random.Random(seed), "picture", 168, 168, 4).scenes[0].things}
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -29,10 +29,55 @@ from sampling import generate
     ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6', [((1, 2, 3, 4), "a")]),
     ('[{"bbox_2d": [1, 2, 3], "label": "a"}, {"bbox_2d": "x"}, {not json}]', []),
     ("```json\n[]\n```", []),
-], ids=["fenced", "listed", "cut off", "broken", "none"])
+    ('[{"bbox_2d": [1, 2, 3, 4], "label": "sign {A}"}, {"bbox_2d": [5, 6, 7, 8], "label": "}{"}]',
+     [((1, 2, 3, 4), "sign {A}"), ((5, 6, 7, 8), "}{")]),
+    ('[{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8.5]], "label": "a"}]',
+     [((1, 2, 3, 4), "a"), ((5, 6, 7, 8.5), "a")]),
+    ('{"bbox_2d": [1, 2, 3, 4], "label": "x", "attributes": {"color": "red"}}', [((1, 2, 3, 4), "x")]),
+    ('{"objects": {"cup": {"bbox_2d": [1, 2, 3, 4], "label": null}}}', [((1, 2, 3, 4), "")]),
+    ('{"bbox_2d": [1, 2, 3, 4], "label": "\\ud83d"}', [((1, 2, 3, 4), "?")]),
+], ids=["fenced", "listed", "cut off", "broken", "none", "braces", "several", "attributes", "nested", "half"])
 def test_boxes_are_read_from_any_answer(answer, expected):
-    """Bugs: boxes of an answer that was cut off are lost, or a broken one ends in a traceback."""
+    """Bugs: boxes of an answer that was cut off are lost, of several one is taken, or what is nested is
+    dropped; a broken one, or half of a surrogate pair, ends in a traceback.
+    """
     assert boxes.read_boxes(answer) == expected
+
+
+@pytest.mark.parametrize("broken", [
+    "[10, 20, 1e999, 60]", "[10, 20, -Infinity, 60]", "[NaN, 20, 30, 60]", f"[10, 20, 1{400 * '0'}, 60]",
+    f"[10, 20, 1{5000 * '0'}, 60]", "[10, 20, 30]", "[true, 20, 30, 60]", '"10, 20, 30, 60"', "null", "[]",
+    "[[1, 2], [3, 4]]", "[10, 20, 30", 2000 * '{"a":',
+], ids=lambda broken: broken[:24])
+def test_box_that_cannot_be_read_costs_no_other(broken, tmp_path, capsys, monkeypatch):
+    """Bugs: a traceback; the other boxes are lost; nobody is told that one is missing."""
+    answer = '[{"bbox_2d": [112, 84, 12, 4], "label": "b"}, {"bbox_2d": BROKEN, "label": "a"}]'
+    answer = answer.replace("BROKEN", broken)
+    monkeypatch.setattr(boxes, "locate", lambda *args, **settings: (answer, (168, 224)))
+    out = tmp_path / "out.png"
+    assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "b: 12, 4, 112, 84\n"
+    assert said.err.count("\n") == 1 and said.err.startswith("boxes left out")
+    assert said.err.endswith(": 2\n" if broken == "[[1, 2], [3, 4]]" else ": 1\n")
+    assert out.exists()
+
+
+def test_boxes_are_said_although_they_cannot_be_drawn(tmp_path, capsys, monkeypatch):
+    """Bug: minutes of a large model are lost to a folder that isn't there."""
+    answer = '[{"bbox_2d": [10, 20, 50, 60], "label": "thing"}]'
+    monkeypatch.setattr(boxes, "locate", lambda *args, **settings: (answer, (168, 224)))
+    assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(tmp_path / "no" / "boxes.png")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "thing: 10, 20, 50, 60\n"
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+def test_name_that_is_no_pictures_costs_no_answer(tmp_path, capsys, monkeypatch):
+    """Bug: minutes of a large model pass before a suffix is met that Pillow doesn't know."""
+    monkeypatch.setattr(boxes, "locate", None)
+    assert boxes.main([str(boxes.ROOT / "assets" / "demo.png"), "x", str(tmp_path / "boxes")]) == 2
+    assert "boxes: not the name of a picture; name it, for instance, boxes.png" in capsys.readouterr().err
 
 
 def test_boxes_are_drawn_in_original_pixels(tmp_path, capsys, monkeypatch):
@@ -72,6 +117,16 @@ def test_bug_entries_are_current():
     assert len(names) == len(bugs.BUGS)
 
 
+def test_every_bug_has_its_row_in_the_docs():
+    """Bug: docs/bugs.md names another report or test than the script, or code without commit and line."""
+    page = (bugs.ROOT / "docs" / "bugs.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted((bug.name, bugs.linked(bug.reported), bug.test) for bug in bugs.BUGS)
+
+    for link in re.findall(r"\((https://github.com/[^)]+)\)", page):
+        assert re.search(r"/issues/\d+$|/blob/([0-9a-f]{40}|v[\d.]+)/\S+#L\d+(-L\d+)?$", link), link
+
+
 # ---------------------------------------------------------------------------- explain
 
 def explained(capsys, *arguments):
@@ -92,7 +147,7 @@ def test_explanation_has_this_runs_numbers(capsys):
         reduce(getattr, path.split("."), importlib.import_module(module))
 
     for function, shape, what in (
-        ("processing.smart_resize", "(168, 224)", "from 168 x 224 pixels"),
+        ("processing.smart_resize", "(168, 224)", "from 224 x 168 pixels"),
         ("processing.patchify", "(192, 1176)", "1 x 12 x 16 patches"),
         ("vision.PatchEmbed", "(192, 128)", "a linear map of each"),
         ("vision.window_order", "(48,)", "2 of 64, 2 of 32 patches"),

@@ -120,6 +120,13 @@ def test_norm_casts_back_before_the_weight():
     assert_equal("RMSNorm in bfloat16", ours(x), theirs(x))
 
 
+def test_new_norm_leaves_a_scale_of_1():
+    """Bug: weights that begin at zero, of which training would have to lift every one."""
+    x = 7 * noise(64, 160)
+    y = RMSNorm(160, eps=1e-6)(x)
+    assert y.pow(2).mean(dim=1).tolist() == pytest.approx([1.0] * 64)
+
+
 def test_norm_eps_equals_hugging_face(pair):
     """Bug: 1e-5, which does as well for pixels of usual size. These are so small that eps is as large as
     their squares.
@@ -144,6 +151,14 @@ def test_eager_in_bfloat16_equals_hugging_face(T):
     assert_equal("eager attention in bfloat16", vision.eager(q, k, v, mask, False), theirs.transpose(1, 2))
     if T == 40:
         assert_equal("eager attention in bfloat16", vision.attention_weights(q, k, None, True), weights)
+
+
+def test_causal_attention_has_as_many_keys_as_queries():
+    """Bug: with keys of a cache before them, queries see the first of them only."""
+    q = noise(1, 4, 3, 8)
+    k = noise(1, 4, 5, 8)
+    with pytest.raises(AssertionError):
+        vision.eager(q, k, k, None, True)
 
 
 def test_angles_are_float32(pairs):

@@ -23,20 +23,45 @@ from model import Qwen2_5_VL
 from processing import Box, Processor, Size, open_image, to_original
 from sampling import generate
 
+FARTHEST = 1e6      # pixels; no picture is as wide
 
-def read_boxes(answer: str) -> list[tuple[Box, str]]:
-    """(box, label) of every object with a "bbox_2d" in an answer: bare, fenced, listed, cut off."""
+
+def find_boxes(answer: str) -> tuple[list[tuple[Box, str]], int]:
+    """(box, label) of every "bbox_2d" in an answer: bare, fenced, listed, nested, cut off. And how many could
+    not be read.
+    """
     boxes = []
-    for text in re.findall(r"\{[^{}]*\}", answer):
-        # A model may write anything between braces.
+    unread = len(re.findall("""["']bbox_2d["']""", answer))
+    for brace in re.finditer("{", answer):
+        # A model may write anything between braces, and a label may hold some.
         try:
-            entry = json.loads(text)
-        except ValueError:
+            entry, _ = json.JSONDecoder().raw_decode(answer, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if "bbox_2d" not in entry:
             continue
 
-        box = entry.get("bbox_2d")
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) for n in box):
-            boxes.append((tuple(box), str(entry.get("label", ""))))
+        # One box, or a list of them. What half of a surrogate pair means cannot be printed.
+        unread -= 1
+        label = str(entry.get("label") or "").encode(errors="replace").decode()
+        value = entry["bbox_2d"]
+        for box in value if isinstance(value, list) and value and isinstance(value[0], list) else [value]:
+            if is_box(box):
+                boxes.append((tuple(box), label))
+            else:
+                unread += 1
+    return boxes, unread
+
+
+def is_box(value: object) -> bool:
+    """Four numbers that may be pixels: neither NaN nor infinite."""
+    return isinstance(value, list) and len(value) == 4 and all(
+        type(n) in (int, float) and abs(n) < FARTHEST for n in value)
+
+
+def read_boxes(answer: str) -> list[tuple[Box, str]]:
+    """(box, label) of every box in an answer that can be read."""
+    boxes, _ = find_boxes(answer)
     return boxes
 
 
@@ -49,6 +74,12 @@ def locate(
     ids = [token.item() for token in generate(model, inputs, **settings)]
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     return processor.decode(ids), (rows * processor.patch_size, columns * processor.patch_size)
+
+
+def upright(box: Box) -> Box:
+    """The box with its upper left corner first, whichever two opposite ones were given."""
+    x1, y1, x2, y2 = box
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 def draw_boxes(picture: Image.Image, boxes: list[tuple[Box, str]]) -> Image.Image:
@@ -80,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     try:
+        if Path(args.out).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{args.out}: not the name of a picture; name it, for instance, boxes.png")
+
         # Ask.
         picture = open_image(args.picture)
         path = checkpoint(args.model)
@@ -88,21 +122,24 @@ def main(argv: list[str] | None = None) -> int:
 
         # From pixels of the resized picture to those of the original.
         original = (picture.height, picture.width)
+        found, unread = find_boxes(answer)
         boxes = []
-        for box, label in read_boxes(answer):
+        for box, label in found:
             corners = to_original(box, resized, original)
-            boxes.append((tuple(round(n) for n in corners), label))
+            boxes.append((upright(tuple(round(n) for n in corners)), label))
+
+        # Say, then draw: no answer is lost to a picture that cannot be written.
+        if args.json:
+            print(json.dumps([{"bbox_2d": box, "label": label} for box, label in boxes]))
+        else:
+            lines = [f"{label}: {', '.join(map(str, box))}" for box, label in boxes]
+            print("\n".join(lines) or f"no boxes in: {answer}")
+        if unread:
+            print(f"boxes left out, since they are cut off or not four numbers: {unread}", file=sys.stderr)
         draw_boxes(picture, boxes).save(args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-    # Say.
-    if args.json:
-        print(json.dumps([{"bbox_2d": box, "label": label} for box, label in boxes]))
-    else:
-        lines = [f"{label}: {', '.join(map(str, box))}" for box, label in boxes]
-        print("\n".join(lines) or f"no boxes in: {answer}")
     return 0
 
 

@@ -139,7 +139,7 @@ def tower_stages(model: Qwen2_5_VL, run: Run, original: Size) -> Iterator[str]:
 
     # Pixels, patches, vision tokens.
     yield row(1, "processing.smart_resize", (h * config.patch_size, w * config.patch_size),
-              f"from {original[0]} x {original[1]} pixels")
+              f"from {original[1]} x {original[0]} pixels")
     yield row(1, "processing.patchify", tuple(pixels.shape), f"{t} x {h} x {w} patches")
     yield row(2, "processing.Processor.normalize", tuple(pixels.shape), "colors around 0", size=rms(pixels))
     yield computed(2, "vision.PatchEmbed", outputs["PatchEmbed"], "a linear map of each", tower.patch_embed)
@@ -225,7 +225,7 @@ def page(model: Qwen2_5_VL, processor: Processor, item: dict, prompt: str, setti
     yield from prompt_lines(messages, len(this.outputs["PatchMerger"]))
 
     yield "\nWhat becomes of it"
-    yield row("step", "function", "shape", "in this run", "weights", "size")
+    yield row("step", "function", "shape", "in this run", "weights", "rms")
     yield from tower_stages(model, this, original_size(item))
     yield from decoder_stages(model, this)
 
@@ -260,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.video is not None:
         item = {"type": "video", "video": args.video, "fps": args.fps}
     try:
+        if args.fps is not None and args.video is None:
+            raise ValueError("--fps without --video; give --video, or leave --fps out")
         path = checkpoint(args.model)
         processor = load_processor(path)
         model = load_model(path)

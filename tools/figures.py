@@ -21,7 +21,23 @@ sys.path.insert(0, str(ROOT))
 
 import scenes
 from boxes import locate, read_boxes
-from drawing import BLUE, COLORS, GRAY, GREEN, ORANGE, cell, outline, rectangle, save, show, tag, write
+from drawing import (
+    BLUE,
+    COLORS,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PALE,
+    SMALLEST,
+    canvas,
+    cell,
+    outline,
+    panels,
+    rectangle,
+    save,
+    show,
+    write,
+)
 from figures_cards import draw_four_bits, draw_shares
 from figures_graph import draw_graph
 
@@ -88,24 +104,23 @@ def draw_first(out: Path) -> dict:
     boxes = find_everything(picture)
     given, patches = seen(load_processor(TINY), picture)
     windows, _ = windows_of(given.height // GROUP, given.width // GROUP)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+    figure, (left, right) = panels(1, 2, 3.3)
 
     # What the model answers.
-    show(left, picture, GROUP, title="What is where? The answers of tiny/", xlabel="pixels")
+    show(left, picture, title="What is where?", xlabel="What the tiny checkpoint answers,\nbox by box")
     for box, label in boxes:
-        outline(left, box, BLUE)
-        tag(left, box[0], box[1] - 3.5, label, BLUE)
+        outline(left, box, BLUE, label, box[1] - 3.5, "baseline")
 
-    # What it sees: patches, and over the first of each merge group the whole of it.
-    show(right, given, GROUP, xlabel="thin lines: patches; numbers: tokens; colors: windows",
-         title=f"What does the model see? {len(patches)} patches, {windows.numel()} tokens")
+    # What it sees: patches in the colors of their windows, and over the first of each merge group all of it.
+    show(right, given, title="What does the model see?",
+         xlabel=f"{len(patches)} patches, {windows.numel()} tokens (numbers),\n"
+                f"{windows.max() + 1} windows (colors)")
     for i, (y, x) in enumerate(patches.tolist()):
-        rectangle(right, x, y, SIDE, SIDE, edgecolor="black", lw=0.5)
+        color = COLORS[windows[y // GROUP, x // GROUP] % len(COLORS)]
+        rectangle(right, x, y, SIDE, SIDE, (color, 0.35), lw=0.8)
         if i % MERGE**2 == 0:
-            window = windows[y // GROUP, x // GROUP]
-            color = (COLORS[window % len(COLORS)], 0.35)
-            rectangle(right, x, y, GROUP, GROUP, color, edgecolor="black", lw=1.8)
-            write(right, x + SIDE, y + SIDE, i // MERGE**2, halo="white")
+            rectangle(right, x, y, GROUP, GROUP, edgecolor="black", lw=1.5, zorder=2)
+            write(right, x + SIDE, y + SIDE, i // MERGE**2, halo="white", size=SMALLEST)
 
     save(figure, out / "first.png")
     return dict(boxes=boxes, windows=windows)
@@ -113,29 +128,39 @@ def draw_first(out: Path) -> dict:
 
 # ---------------------------------------------------------------------------- the map
 
-# Step of the README, name, what becomes of it there; column and row in the figure.
+# Step of the README, name, what happens there, left edge and top in inches, width.
 PLACES = [
-    ("1", "picture", "resized, cut into patches", 0, 0),
-    ("2", "pixel_values", "a row for each patch", 1, 0),
-    ("3, 4", "tower", "blocks, most in windows", 2, 0),
-    ("5", "vision tokens", "four patches become one", 3, 0),
-    ("5", "input_ids", "prompt with placeholders", 0, 1),
-    ("6", "position_ids", "time, row, column", 1, 1),
-    ("7", "layers", "causal, with a cache", 2, 1),
-    ("5", "x", "embeddings, spliced", 3, 1),
-    ("8", "logits", "the next token is chosen", 2, 2),
+    ("1", "picture", "resized to\nmultiples of 28", 0.1, 0.5, 2.75),
+    ("1", "pixel_values", "a row for each patch", 0.1, 1.72, 2.75),
+    ("2", "patch embedding", "each row becomes a vector", 0.1, 2.69, 2.75),
+    ("3, 4", "tower", "blocks, most in windows", 0.1, 3.66, 2.75),
+    ("5", "vision tokens", "four patches become one", 0.1, 4.63, 2.75),
+    ("5", "input_ids", f'"{DEMO_PROMPT}"\nand placeholders', 3.2, 0.5, 2.95),
+    ("6", "position_ids", "time, row, column", 3.65, 2.69, 2.5),
+    ("5", "x", "vision tokens spliced in", 3.2, 4.63, 2.6),
+    ("7", "layers", "causal, with a cache", 3.2, 5.6, 2.95),
+    ("8", "logits", "the next token is chosen", 3.2, 6.57, 2.95),
 ]
-ARROWS = [      # from the middle of a side to the middle of a side
-    ((0.86, 0.39), (1, 0.39)),
-    ((1.86, 0.39), (2, 0.39)),
-    ((2.86, 0.39), (3, 0.39)),
-    ((3.43, 0.78), (3.43, 1.15)),
-    ((0.86, 1.54), (1, 1.54)),
-    ((1.86, 1.54), (2, 1.54)),
-    ((3, 1.54), (2.86, 1.54)),
-    ((2.43, 1.93), (2.43, 2.3)),
+ROADS = [       # through corners, with an arrow at the end
+    [(1.45, 1.48), (1.45, 1.72)],
+    [(1.45, 2.47), (1.45, 2.69)],
+    [(1.45, 3.44), (1.45, 3.66)],
+    [(1.45, 4.41), (1.45, 4.63)],
+    [(2.85, 5.0), (3.2, 5.0)],
+    [(3.42, 1.48), (3.42, 4.63)],
+    [(3.9, 1.48), (3.9, 2.69)],
+    [(5.98, 3.44), (5.98, 5.6)],
+    [(4.5, 5.38), (4.5, 5.6)],
+    [(4.5, 6.35), (4.5, 6.57)],
 ]
-ARROW = dict(arrowstyle="-|>", color="black", lw=1.6, shrinkA=2, shrinkB=2)
+LOOP = [(6.15, 6.95), (6.48, 6.95), (6.48, 1.0), (6.15, 1.0)]
+NOTES = [       # left edge and baseline of the last line, color
+    (4.5, 2.1, "black", "again and again:\nthe new token alone"),
+    (3.55, 3.8, "black", "words, embedded"),
+    (0.1, 5.95, "black", "Black: the demo with tiny/."),
+    (0.1, 6.45, "#666666", "Gray: 672 x 448 pixels\nwith the 7B."),
+    (0.1, 6.95, "black", "Numbers in color: the step\nthat explains it."),
+]
 SIZES_7B = dict(hidden_size=3584, vocab_size=152064)
 TOWER_7B = dict(hidden_size=1280, num_heads=16, out_hidden_size=3584)
 
@@ -150,12 +175,13 @@ def shapes_of(config: Config, height: int, width: int, words: int) -> dict[str, 
     return {
         "picture": (height, width, tower.in_chans),
         "pixel_values": (patches, pixels),
+        "patch embedding": (patches, tower.hidden_size),
         "tower": (patches, tower.hidden_size),
         "vision tokens": (tokens, tower.out_hidden_size),
         "input_ids": (1, T),
         "position_ids": (3, 1, T),
-        "layers": (1, T, config.hidden_size),
         "x": (1, T, config.hidden_size),
+        "layers": (1, T, config.hidden_size),
         "logits": (1, config.vocab_size),
     }
 
@@ -168,29 +194,24 @@ def draw_map(out: Path) -> dict:
     _, h, w = inputs["image_grid_thw"][0].tolist()
     words = (inputs["mm_token_type_ids"] == 0).sum().item()
 
-    # The 7B and a picture of 448 x 672; to its tokenizer the same prompt has as many words.
+    # The 7B and a picture of 672 x 448; to its tokenizer the same prompt has as many words.
     large = replace(small, **SIZES_7B, vision=replace(small.vision, **TOWER_7B))
     shapes = dict(
         tiny=shapes_of(small, h * SIDE, w * SIDE, words),
         large=shapes_of(large, 448, 672, words),
     )
 
-    figure, axis = plt.subplots(figsize=(11, 6.9))
+    figure, axis = canvas(7.45, "What happens to a picture and a question?")
     for place in PLACES:
         name = place[1]
         draw_place(axis, *place, shapes["tiny"][name], shapes["large"][name])
-    for start, end in ARROWS:
-        axis.annotate("", end, start, arrowprops=ARROW)
+    for corners in ROADS:
+        draw_road(axis, corners, "-")
+    draw_road(axis, LOOP, "--")
+    for x, y, color, text in NOTES:
+        axis.text(x, y, text, color=color)
 
-    # Two roads with corners: words go straight to x, and a new token back to the start.
-    road(axis, [(0.43, 1.15), (0.43, 1), (3.2, 1), (3.2, 1.15)], "-")
-    road(axis, [(2, 2.69), (0.43, 2.69), (0.43, 1.93)], "--")
-    axis.text(1.9, 0.97, "the words, embedded", ha="center", va="bottom", size=13)
-    axis.text(1.22, 2.66, "again and again: the new token alone", ha="center", va="bottom", size=13)
-
-    axis.set_title("What becomes of a picture and a question?", size=16)
-    axis.set(xlim=(-0.01, 3.87), ylim=(3.09, -0.02), xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+    axis.imshow(open_image(DEMO_IMAGE), extent=(1.93, 2.77, 1.21, 0.58), aspect="auto", zorder=2)
     save(figure, out / "map.png")
     return shapes
 
@@ -200,30 +221,32 @@ def draw_place(
     step: str,
     name: str,
     what: str,
-    column: int,
-    row: int,
+    x: float,
+    y: float,
+    width: float,
     small: tuple[int, ...],
     large: tuple[int, ...],
 ) -> None:
     """A box of the map, with the shapes of the small run and of the large one."""
-    x = column
-    y = 1.15 * row
-    color = BLUE if row == 0 else ORANGE
-    rectangle(axis, x, y, 0.86, 0.78, (color, 0.15), edgecolor=color, lw=1.5)
+    color = BLUE if x < 3 else ORANGE
+    lines = what.splitlines()
+    height = 0.52 + 0.23 * len(lines)
+    rectangle(axis, x, y, width, height, (color, 0.13), edgecolor=color, lw=1.5)
 
-    left = x + 0.04
-    indent = 0.12 if len(step) == 1 else 0.26
-    axis.text(left, y + 0.06, step, va="top", size=18, weight="bold", color=color)
-    axis.text(left + indent, y + 0.085, name, va="top", size=15, family="monospace")
-    axis.text(left, y + 0.28, what, va="top", size=12.5)
-    axis.text(left, y + 0.43, str(small), va="top", size=15)
-    axis.text(left, y + 0.60, str(large), va="top", size=15, color="#444444")
+    left = x + 0.09
+    indent = 0.22 if len(step) == 1 else 0.5
+    axis.text(left, y + 0.16, step, va="center", size=15, weight="bold", color=color)
+    axis.text(left + indent, y + 0.16, name, va="center", size=13, family="monospace")
+    for i, line in enumerate(lines):
+        axis.text(left, y + 0.44 + 0.23 * i, line)
+    axis.text(left, y + height - 0.09, str(small))
+    axis.text(left + 1.17, y + height - 0.09, str(large), color="#666666")
 
 
-def road(axis: plt.Axes, corners: list[tuple[float, float]], style: str) -> None:
-    """A line through all corners, with an arrow at its end."""
-    axis.plot(*zip(*corners[:-1]), color="black", lw=1.6, ls=style)
-    axis.annotate("", corners[-1], corners[-2], arrowprops=ARROW)
+def draw_road(axis: plt.Axes, corners: list[tuple[float, float]], style: str) -> None:
+    axis.plot(*zip(*corners[:-1]), color="black", lw=1.5, ls=style)
+    arrow = dict(arrowstyle="-|>", color="black", lw=1.5, ls=style, shrinkA=0, shrinkB=1)
+    axis.annotate("", corners[-1], corners[-2], arrowprops=arrow)
 
 
 # ---------------------------------------------------------------------------- patches and windows
@@ -232,57 +255,70 @@ def draw_patches(out: Path, tokens: int = 6) -> dict:
     """A photo with the row of pixel_values in which each of its patches is stored, and the first rows."""
     processor = load_processor(TINY, max_pixels=20_000)
     picture, patches = seen(processor, open_image(PHOTO))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.1), width_ratios=(12, 4.2))
+    figure, (above, below) = panels(2, 1, 6.8, height_ratios=(4.27, 1.58))
 
     # The photo, with the numbers of its patches and lines around its merge groups.
-    show(left, picture, GROUP, title="In which order are patches stored?", xlabel="pixels")
+    show(above, picture, title="In which order are patches stored?")
     for i, (y, x) in enumerate(patches.tolist()):
-        rectangle(left, x, y, SIDE, SIDE, lw=0.5)
-        write(left, x + SIDE / 2, y + SIDE / 2, i, ink="white", halo="black")
+        rectangle(above, x, y, SIDE, SIDE, lw=0.5)
+        write(above, x + SIDE / 2, y + SIDE / 2, i, ink="white", halo="black", size=13)
         if i % MERGE**2 == 0:
-            rectangle(left, x, y, GROUP, GROUP, lw=2)
+            rectangle(above, x, y, GROUP, GROUP, lw=2.5)
 
-    # The patches of the first tokens, a token a line.
+    # The patches of the first tokens, three tokens a line.
     for i, (y, x) in enumerate(patches[:tokens * MERGE**2].tolist()):
         token, place = divmod(i, MERGE**2)
+        line, column = divmod(token, 3)
+        x1 = 4.3 * column + place
+        y1 = 1.6 * line
         patch = picture.crop((x, y, x + SIDE, y + SIDE))
-        right.imshow(patch, extent=(place, place + 1, token + 0.75, token))
-        rectangle(right, place, token, 1, 0.75, lw=2)
-        write(right, place + 0.5, token + 0.375, i, ink="white", halo="black")
-    right.set(title="The first rows of pixel_values", aspect="auto")
-    right.set(xlim=(0, MERGE**2), ylim=(tokens - 0.25, 0), xticks=[])
-    right.set_yticks([token + 0.37 for token in range(tokens)])
-    right.set_yticklabels([f"token {token}" for token in range(tokens)])
-    right.spines[:].set_visible(False)
+        below.imshow(patch, extent=(x1, x1 + 1, y1 + 1, y1))
+        rectangle(below, x1, y1, 1, 1, lw=1.5)
+        write(below, x1 + 0.5, y1 + 0.5, i, ink="white", halo="black", size=13)
+        if place == 0:
+            write(below, x1 + 2, y1 - 0.28, f"token {token}")
+    below.set(title="The first rows of pixel_values", xlim=(0, 12.6), ylim=(2.6, -0.5))
+    for axis in (above, below):
+        axis.axis("off")
 
     save(figure, out / "patches.png")
     return dict(patches=patches, picture=picture)
 
 
-def draw_windows(out: Path, rows: int = 5, columns: int = 9) -> dict:
+def draw_windows(out: Path) -> dict:
     """Which merge groups attend to each other, and the order in which that makes them neighbors."""
-    windows, order = windows_of(rows, columns)
+    columns = 5
+    windows, order = windows_of(5, columns)
     colors = [(COLORS[window], 0.6) for window in windows.flatten().tolist()]
     depth = SHARED_VISION["depth"]
     full = SHARED_VISION["fullatt_block_indexes"]
-    figure, (frame, before, after, blocks) = plt.subplots(4, figsize=(11, 6.8), height_ratios=(6, 1, 1, 1))
+    figure, axis = canvas(6.1, "Which merge groups see each other?")
 
     # Every merge group three times: in the frame, in reading order, as stored.
+    side = 6.4 / len(order)
     for place, i in enumerate(order.tolist()):
-        cell(frame, i % columns, i // columns, i, colors[i])
-        cell(before, i, 0, i, colors[i])
-        cell(after, place, 0, i, colors[i])
-    frame.set(title="Which merge groups see each other? Those of a window: 4 x 4, fewer at the edges",
-              xlabel="column", ylabel="row", aspect="equal")
-    frame.set(xlim=(0, columns), ylim=(rows, 0))
-    before.set(title="Before: reading order, as the processor stores them", xlim=(0, len(order)), yticks=[])
-    after.set(title="After: whole windows, the right edge, the bottom edge, the corner",
-              xlim=(0, len(order)), xlabel="place", yticks=[])
+        cell(axis, 2.2 + 0.44 * (i % columns), 0.55 + 0.44 * (i // columns), i, colors[i], 0.44, 0.44)
+        cell(axis, 0.1 + side * i, 3.45, i, colors[i], side, 0.4)
+        cell(axis, 0.1 + side * place, 4.4, i, colors[i], side, 0.4)
 
+    # Some blocks are full.
     for block in range(depth):
-        cell(blocks, block, 0, block, ORANGE if block in full else GRAY)
-    blocks.set(title=f"Which blocks look further? {len(full)} of {depth} see whole frames",
-               xlim=(0, depth), xlabel="block", yticks=[])
+        x = 0.1 + 6.4 / depth * block
+        rectangle(axis, x, 5.35, 6.4 / depth, 0.4, ORANGE if block in full else GRAY)
+        if block in (0, *full):
+            write(axis, x + 3.2 / depth, 5.9, block)
+
+    # What is what.
+    for x, y, text, end in (
+        (2.05, 1.43, "a whole window:\n4 x 4 groups", "right"),
+        (4.55, 1.43, "smaller at the\nright edge", "left"),
+        (2.05, 2.53, "at the bottom edge", "right"),
+        (4.55, 2.53, "in the corner", "left"),
+        (0.1, 3.3, "Before: reading order", "left"),
+        (0.1, 4.25, "In the tower: window after window", "left"),
+        (0.1, 5.2, f"Blocks: {len(full)} of {depth} see the whole frame, the rest their windows", "left"),
+    ):
+        axis.text(x, y, text, ha=end, va="center", size=13)
 
     save(figure, out / "windows.png")
     return dict(windows=windows, order=order, full=full)
@@ -295,19 +331,23 @@ def draw_reach(out: Path, group: int = 9) -> dict:
     _, rows, columns = (inputs["image_grid_thw"][0] // MERGE).tolist()
     reached = [*reach_in_tower(model, inputs, group), reach_in_decoder(model, inputs, group)]
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
-    titles = ("Tower, block 0: its window", "Tower, block 1: everything", "Decoder: what comes later")
-    for axis, moved, title in zip(axes, reached, titles, strict=True):
+    figure, axis = canvas(7, "How far does a change reach?")
+    for part, (moved, (title, text)) in enumerate(zip(reached, (
+        ("In the tower, block 0", f"The pixels of group {group} have changed.\nOnly its window notices."),
+        ("In the tower, block 1", "Block 1 sees the whole frame,\nso every group notices."),
+        ("In the decoder", f"Another experiment: token {group} alone\nis changed, after the tower.\n"
+                           f"Tokens 0 to {group - 1} don't notice:\nnobody looks ahead."),
+    ), strict=True)):
+        top = 0.55 + 2.05 * part
         for i, here in enumerate(moved.tolist()):
-            color = ORANGE if i == group else BLUE if here else "#EEEEEE"
-            cell(axis, i % columns, i // columns, i, color, ink="white" if here else "black")
-        axis.set_title(title, size=13)
-        axis.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[], aspect="equal")
-        axis.spines[:].set_visible(False)
+            color = ORANGE if i == group else BLUE if here else PALE
+            x = 0.1 + 0.32 * (i % columns)
+            y = top + 0.32 * (i // columns)
+            cell(axis, x, y, i, color, 0.32, 0.32, ink="white" if here else "black")
+        axis.text(2.9, top + 0.1, title, va="top", size=13, weight="bold")
+        axis.text(2.9, top + 0.4, text, va="top", size=13)
 
-    figure.suptitle("How far does a change reach?", size=15)
-    what = f"Orange: merge group {group}, which was changed. Blue: groups whose numbers changed with it."
-    figure.supxlabel(what, size=13)
+    write(axis, 3.3, 6.8, "Orange: changed. Blue: different because of it. Gray: as before.")
     save(figure, out / "reach.png")
     return dict(group=group, reached=torch.stack(reached).view(3, rows, columns))
 
@@ -350,58 +390,12 @@ def reach_in_decoder(model: Qwen2_5_VL, inputs: dict, group: int) -> Tensor:
     return moved[0, picture].any(dim=1)
 
 
-# ---------------------------------------------------------------------------- positions
-
-def draw_positions(out: Path) -> dict:
-    """A prompt with a small picture, token by token: its positions, its slots in the cache."""
-    model = load_model(TINY)
-    processor = load_processor(TINY, min_pixels=1, max_pixels=5000)
-    inputs = processor(question(PHOTO))
-    positions, following = model.positions(inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"])
-
-    # Every token's name and its three positions, and those of the answer's first.
-    names = []
-    for i in inputs["input_ids"][0].tolist():
-        text = processor.tokenizer.decode([i], skip_special_tokens=False)
-        names.append(repr(text).strip("' "))
-    names.append("(the answer)")
-    table = positions[:, 0].T.tolist()
-    table.append([following.item()] * 3)
-
-    picture = inputs["mm_token_type_ids"][0].nonzero()[:, 0].tolist()       # its slots
-    first = picture[0] - 3                                                  # slot that is drawn
-    start = table[picture[0]][0]
-    resumed = table[picture[-1] + 1][0]
-
-    # A column for each token. The largest position of the picture and the one after it stand out.
-    figure, axis = plt.subplots(figsize=(11, 4.7))
-    for slot in range(first, len(table)):
-        rectangle(axis, slot, 0, 1, 3.05, "white", edgecolor=GRAY)
-        axis.text(slot + 0.3, 0.2, names[slot], rotation=90, va="bottom")
-        for row, value in enumerate(table[slot]):
-            color = (COLORS[row], 0.7 if slot in picture else 0.3)
-            edge = {}
-            if value in (resumed - 1, resumed):
-                edge = dict(edgecolor="black", lw=2, zorder=2)
-            cell(axis, slot, -1.2 - row, value, color, **edge)
-        cell(axis, slot, -4.6, slot, (GRAY, 0.6))
-
-    axis.set(title="At which position is each token?", xticks=[])
-    axis.set(xlim=(first, len(table)), ylim=(-4.65, 3.1), yticks=[1.5, -0.7, -1.7, -2.7, -4.1])
-    axis.set_yticklabels(["token", "time", "row", "column", "cache slot"])
-    axis.set_xlabel(
-        f"The picture: {len(picture)} slots, positions {start} to {resumed - 1}. Text resumes one above: "
-        f"{resumed}.\nThe answer begins in slot {len(table) - 1} at position {following.item()}.")
-    axis.spines[:].set_visible(False)
-
-    save(figure, out / "positions.png")
-    return dict(positions=positions[:, 0], following=following.item())
-
+# ---------------------------------------------------------------------------- time
 
 VIDEOS = [      # frames per second, seconds, merge groups across
-    (1, 6, 1),
-    (2, 6, 1),
-    (4, 6, 1),
+    (1, 4, 1),
+    (2, 4, 1),
+    (4, 4, 1),
     (2, 2, 6),
 ]
 
@@ -424,7 +418,7 @@ def draw_time(out: Path) -> dict:
     """Videos on the axis of positions: their frames, their pairs of frames, and the text after them."""
     rate = SHARED_VISION["tokens_per_second"]
     pair = SHARED_VISION["temporal_patch_size"]
-    figure, axis = plt.subplots(figsize=(11, 7))
+    figure, axis = panels(1, 1, 7.4)
     numbers = {}
     ticks = {}
     top = 0.0
@@ -433,35 +427,37 @@ def draw_time(out: Path) -> dict:
         times = sorted({time for time, _, _ in tokens})
         what = f"{fps} fps" if columns == 1 else f"{columns} groups wide, {fps} fps"
         numbers[what] = dict(times=times, text=text[0])
+        axis.text(0.05, top + 0.3, what, size=13, weight="bold")
 
         # The frames where they are in time, and under them the pairs where they are in positions.
         for frame in range(seconds * fps):
             color = (COLORS[5 + frame // pair % 2], 0.5)
-            x = frame / fps * rate
-            rectangle(axis, x, top, rate / fps, 0.6, color)
-            write(axis, x + rate / fps / 2, top + 0.3, frame)
+            cell(axis, frame / fps * rate, top + 0.4, frame, color, rate / fps, 0.6)
         for i, time in enumerate(times):
-            cell(axis, time, top + 0.7, f"pair {i}\nat {time}", COLORS[5 + i % 2])
-        ticks[top + 0.3] = f"{what}: frames"
-        ticks[top + 1.2] = "pairs and text"
+            cell(axis, time, top + 1.1, f"at {time}", COLORS[5 + i % 2], 1, 0.6)
+        ticks[top + 0.7] = "frames"
+        ticks[top + 1.4] = "pairs"
 
         # Of a wide video the columns as well.
-        last = top + 0.7
+        last = top + 1.1
         if columns > 1:
             last = top + 1.8
             for column in range(columns):
-                cell(axis, column, last, f"column\nat {column}", (GREEN, 0.5))
-            ticks[top + 1.2] = "pairs"
-            ticks[last + 0.5] = "columns and text"
-        cell(axis, text[0], last, f"text\nat {text[0]}", GRAY)
-        top = last + 1.4
+                cell(axis, column, last, f"at {column}", (GREEN, 0.5), 1, 0.6)
+            ticks[last + 0.3] = "columns"
+        cell(axis, text[0], last, f"text at {text[0]}", GRAY, 1.6, 0.6)
+        top = last + 1
 
     axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel("seconds")
-    axis.set(title=f"When is a frame, in positions? At the time of the first of its pair, {rate} a second",
-             xlabel="position, from the start of the video. Text resumes at one more than the largest:\n"
-                    "mostly that is the last pair's time, in a short wide video its last column")
-    axis.set(xlim=(0, 13.2), ylim=(top - 0.2, -0.2), xticks=range(14))
+    axis.set_xlabel("position, from the start of the video")
+    axis.set(xlim=(0, 9.7), ylim=(top - 0.2, -0.2), xticks=range(10))
     axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["left", "right"]].set_visible(False)
+    figure.suptitle("Where do a video's frames sit in time?")
+    figure.supxlabel(f"A pair of frames sits where its first frame is: {rate} positions a second.\n"
+                     "Text resumes one above the largest position: mostly that of the last\n"
+                     "pair, but in a short, wide video that of the last column.")
 
     save(figure, out / "time.png")
     return numbers
@@ -509,25 +505,30 @@ def draw_attention(out: Path) -> dict:
     picture = inputs["mm_token_type_ids"][0].nonzero()[:, 0]
     maps = maps[..., picture].unflatten(2, (rows, columns))
 
-    figure, axes = plt.subplots(2, len(shown), figsize=(11, 5.8), squeeze=False)
-    for line, title in enumerate(("heads trained to point", "mean of all heads")):
-        axes[line, 0].set_ylabel(title)
-        for column, n in enumerate(shown):
-            draw_heat(axes[line, column], maps[line, column], words[n])
-    figure.suptitle("Where does tiny/ read when it writes a word?")
+    figure, axes = panels(len(shown), 2, 1.8 * len(shown) + 1.7, squeeze=False)
+    for line, n in enumerate(shown):
+        axes[line, 0].set_ylabel(f'"{words[n]}"', size=14, rotation=0, ha="right", va="center")
+        for column, heats in enumerate(maps):
+            draw_heat(axes[line, column], heats[line])
+    axes[0, 0].set_title("heads trained to point")
+    axes[0, 1].set_title("mean of all heads")
+    figure.suptitle("Where does the model look when it writes a word?")
     figure.supxlabel(
-        "Percent of the attention that writes a word, from 5 on. Top: heads 0 and 3 of layer 3, which were\n"
-        "trained to point at what a word names (tools/train_tiny.py). Bottom: all heads of all layers.")
+        "Percent of the attention that writes the word: in the cells, from 5 on;\n"
+        "in the corner, of the whole picture. Left: heads 0 and 3 of layer 3,\n"
+        "which were trained to point at what a word names (tools/train_tiny.py).\n"
+        "Right: all heads of all layers.")
 
     save(figure, out / "attention.png")
     return dict(words=words, shown=shown, maps=maps)
 
 
-def draw_heat(axis: plt.Axes, heat: Tensor, word: str) -> None:
+def draw_heat(axis: plt.Axes, heat: Tensor) -> None:
     """The demo picture under the share of attention that each of its tokens gets, (rows, columns)."""
     rows, columns = heat.shape
     axis.imshow(open_image(DEMO_IMAGE), extent=(0, columns, rows, 0))
-    axis.set(title=word, xticks=[], yticks=[], xlabel=f"{heat.sum():.0%} in the picture")
+    axis.set(xticks=[], yticks=[])
+    write(axis, 0.2, 0.25, f"{heat.sum():.0%}", ha="left", va="top", size=13)
     for i, share in enumerate(heat.flatten().tolist()):
         x = i % columns
         y = i // columns
@@ -542,26 +543,29 @@ def draw_boxes(out: Path) -> dict:
     """A box as a model would answer it, on the picture it was given and, mapped, on the original."""
     box = (135, 28, 180, 138)
     photo = open_image(PHOTO)
-    given, _ = seen(load_processor(TINY), photo)
+    processor = load_processor(TINY)
+    given, _ = seen(processor, photo)
     W, H = photo.size
     w, h = given.size
     mapped = to_original(box, resized=(h, w), original=(H, W))
     mapped = tuple(round(side) for side in mapped)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), width_ratios=(3, 2))
-    show(left, photo, 50, title=f"In which pixels are boxes? The original: {W} x {H}",
-         xlabel=f"times {W} / {w} = {W / w:.3f} in x, times {H} / {h} = {H / h:.3f} in y")
-    show(right, given, GROUP, title=f"A box as answered: resized to {w} x {h}", xlabel="pixels")
-
-    for axis, name, sides, color in (
-        (left, "spoon", mapped, BLUE),
-        (left, "not mapped", box, "black"),
-        (right, "spoon", box, BLUE),
+    # Both pictures on one scale, in inches.
+    scale = 6.4 / W
+    figure, axis = canvas(7.25, "Which picture do a box's numbers belong to?")
+    for picture, top, name, sides, color in (
+        (given, 0.55, "spoon", box, BLUE),
+        (photo, 2.65, "mapped", mapped, BLUE),
+        (photo, 2.65, "not mapped", box, "black"),
     ):
-        x1, _, _, y2 = sides
-        outline(axis, sides, color)
-        tag(axis, x1 + 1, y2 + 5, f"{name}\n{', '.join(map(str, sides))}", color, va="top")
+        axis.imshow(picture, extent=(0.1, 0.1 + scale * picture.width, top + scale * picture.height, top))
+        x1, y1, x2, y2 = (scale * side for side in sides)
+        text = f"{name}: {', '.join(map(str, sides))}"
+        outline(axis, (0.1 + x1, top + y1, 0.1 + x2, top + y2), color, text, top + y2 + 0.08, "top")
 
+    text = (f"To the resized one, {w} x {h}: here at\nmost {processor.max_pixels:,} pixels are allowed.\n\n"
+            f"On the original, {W} x {H},\nx is {W / w:.3f} times as large,\ny {H / h:.3f} times.")
+    axis.text(3.2, 0.65, text, va="top", size=13)
     save(figure, out / "boxes.png")
     return dict(box=box, mapped=mapped)
 
@@ -590,7 +594,6 @@ FIGURES = dict(
     patches=draw_patches,
     windows=draw_windows,
     reach=draw_reach,
-    positions=draw_positions,
     time=draw_time,
     attention=draw_attention,
     boxes=draw_boxes,

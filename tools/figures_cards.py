@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from drawing import COLORS, Color, rectangle, save, write
+from drawing import COLORS, WIDTH, canvas, cell, save, write
 from matplotlib import pyplot as plt
 from parallel import Share, cut
 from torch import nn
@@ -18,11 +18,6 @@ BIG = dict(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, inte
            num_hidden_layers=1, mrope_section=(16, 24, 24))      # a layer of the 72B
 WORD = 0x9B47D20E
 ZEROS = 0x77777777
-
-
-def box(axis: plt.Axes, x: float, y: float, width: float, height: float, color: Color, text: object) -> None:
-    rectangle(axis, x, y, width, height, color)
-    write(axis, x + width / 2, y + height / 2, text)
 
 
 # ---------------------------------------------------------------------------- shares
@@ -59,47 +54,42 @@ def stretch(numbers: torch.Tensor) -> range:
 def draw_shares(out: Path, ranks: int = 4) -> dict:
     """Which columns and rows of a layer's matrices a rank has."""
     found = pieces(ranks)
-    figure, axes = plt.subplots(2, 1, figsize=(11, 5.2), height_ratios=(1.25, 1.85))
-    for axis, names, between in (
-        (axes[0], ("q", "k", "v", "o"), "each rank attends\nwith its own heads"),
-        (axes[1], ("gate", "up", "down"), "silu(gate) x up,\nchannel by channel"),
+    figure, axis = canvas(4.1, f"Which part of a layer does each of {ranks} ranks have?")
+    write(axis, WIDTH / 2, 0.58, "Columns of q, k, v, gate and up; rows of o and down", size=13)
+    for y, names, between in (
+        (1.15, ("q", "k", "v", "o"), "each rank\nattends with\nits own heads"),
+        (2.75, ("gate", "up", "down"), "silu(gate) x up,\nchannel by\nchannel"),
     ):
         # From left to right: what is cut by columns, what happens between, what is cut by rows, the sum.
-        x = 0.0
+        x = 0.1
         for name in names:
             if name == names[-1]:
-                axis.text(x + 0.6, 0.5, f"{between}\n→", ha="center", va="center")
-                x += 1.3
-            x += 0.15 + draw_matrix(axis, x, name, found[name])
-        axis.text(x, 0.5, "→ all_reduce: the sum\n     of all ranks' parts", va="center")
+                write(axis, x + 0.65, y + 0.5, f"{between}\n→")
+                x += 1.35
+            x += 0.15 + draw_matrix(axis, x, y, name, found[name])
+        write(axis, x, y + 0.5, "→ all_reduce:\nthe sum of all\nranks' parts", ha="left")
 
-        bottom = 1.65 if axis is axes[1] else 1.05
-        axis.set(xlim=(0, 6.4), ylim=(bottom, -0.2), aspect="equal", anchor="W")
-        axis.axis("off")
-
-    figure.suptitle(f"Which part of a layer has each of {ranks} ranks? "
-                    "Columns of q, k, v, gate, up; rows of o, down")
     save(figure, out / "shares.png")
     return found
 
 
-def draw_matrix(axis: plt.Axes, x: float, name: str, shared: list[tuple[range, range]]) -> float:
-    """A matrix in its ranks' pieces, x @ W, as wide as x at most 1.6 times. Returns its width."""
+def draw_matrix(axis: plt.Axes, x: float, y: float, name: str, shared: list[tuple[range, range]]) -> float:
+    """A matrix in its ranks' pieces, x @ W, 1.2 inches wide at most. Returns its width."""
     C = BIG["hidden_size"]
     across = max(columns.stop for columns, _ in shared)
     down = max(rows.stop for _, rows in shared)
-    width = min(across / C, 1.6)            # an MLP is drawn smaller than it is
-    height = min(down / C, 1.6)
+    width = min(across / C, 1.2)            # an MLP is drawn smaller than it is
+    height = min(down / C, 1.2)
 
     for rank, (columns, rows) in enumerate(shared):
-        box(axis,
-            x + columns.start / across * width,
-            rows.start / down * height,
-            len(columns) / across * width,
-            len(rows) / down * height,
-            (COLORS[rank], 0.55),
-            rank if len(columns) > C // 16 else "")
-    axis.text(x + width / 2, -0.05, name, ha="center", va="bottom", weight="bold")
+        cell(axis,
+             x + columns.start / across * width,
+             y + rows.start / down * height,
+             rank if len(columns) > C // 16 else "",
+             (COLORS[rank], 0.55),
+             len(columns) / across * width,
+             len(rows) / down * height)
+    axis.text(x + width / 2, y - 0.07, name, ha="center", va="bottom", weight="bold")
     return width
 
 
@@ -122,24 +112,26 @@ def draw_four_bits(out: Path, scale: float = 0.01) -> dict:
     zeros = unpack(layer.qzeros)[0].tolist()
     weights = layer.weight()[:, 0].tolist()
 
-    figure, axis = plt.subplots(figsize=(11, 4.4))
+    figure, axis = canvas(4, f"Which eight weights does {WORD:#x} hold?")
+    side = 0.8
     for channel, place in enumerate(PLACES):
         color = (COLORS[channel], 0.5)
+        x = 0.1 + side * channel
 
         # In the file: the lowest bits stand right, as one writes numbers.
-        stored = 7 - place
-        bits = f"{WORD >> 4 * place & 15:04b}"
-        box(axis, stored, 0, 1, 0.8, color, f"{bits}\nchannel {channel}")
-        axis.plot((stored + 0.5, channel + 0.5), (0.84, 1.96), color=COLORS[channel], lw=2)
+        stored = 0.1 + side * (7 - place)
+        cell(axis, stored, 0.85, f"{WORD >> 4 * place & 15:04b}", color, side, 0.4)
+        axis.plot((stored + side / 2, x + side / 2), (1.3, 2.0), color=COLORS[channel], lw=2)
 
         # In order.
-        box(axis, channel, 2, 1, 0.8, color, numbers[channel])
-        box(axis, channel, 3, 1, 0.8, color, f"({numbers[channel]} - {zeros[channel]}) x {scale}")
-        box(axis, channel, 4, 1, 0.8, color, f"{weights[channel]:.2f}")
+        cell(axis, x, 2.4, numbers[channel], color, side, 0.4)
+        cell(axis, x, 3.45, f"{weights[channel]:.2f}", color, side, 0.4)
 
-    axis.set(title=f"What does an int32 hold? Eight weights: {WORD:#x}",
-             xlim=(0, 8), ylim=(4.85, -0.1), xticks=[], yticks=[0.4, 2.4, 3.4, 4.4],
-             yticklabels=["in the file", "numbers", "(number - zero) x scale", "weights"])
-    axis.spines[:].set_visible(False)
+    for y, text in (
+        (0.7, "In the file: four bits each, the lowest at the right"),
+        (2.25, "In order: the numbers of output channels 0 to 7"),
+        (3.3, f"Minus the zero, {zeros[0]}, times the scale, {scale}: the weights"),
+    ):
+        axis.text(0.1, y, text, va="center", size=13)
     save(figure, out / "four_bits.png")
     return dict(numbers=numbers, zeros=zeros, weights=weights)

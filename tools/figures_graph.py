@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from drawing import BLUE, GRAY, ORANGE, rectangle, save, write
+from drawing import BLUE, GRAY, ORANGE, panels, rectangle, save, write
 from matplotlib import pyplot as plt
 
 LAUNCH = 5.0                                            # microseconds of Python for a kernel, about
@@ -37,17 +37,19 @@ def replayed() -> list[float]:
 def draw_times(axis: plt.Axes) -> None:
     """Both ways over time."""
     launches, starts = one_by_one()
-    draw_spans(axis, 3, launches, [LAUNCH] * len(launches), ORANGE)
-    draw_spans(axis, 2.1, starts, KERNELS, BLUE)
-    draw_spans(axis, 0.9, [0.0], [REPLAY], ORANGE)
+    draw_spans(axis, 3.3, launches, [LAUNCH] * len(launches), ORANGE)
+    draw_spans(axis, 2.5, starts, KERNELS, BLUE)
+    draw_spans(axis, 0.8, [0.0], [REPLAY], ORANGE)
     draw_spans(axis, 0, replayed(), KERNELS, BLUE)
 
     # What they are.
-    axis.text(0, 3.85, "one by one: the card waits for Python")
-    axis.text(0, 1.75, "a graph: launched once")
-    axis.set_yticks([3.35, 2.45, 1.25, 0.35], ["Python", "card", "Python", "card"])
-    axis.set(xticks=[], xlabel="time", xlim=(-1, starts[-1] + 5), ylim=(-0.2, 4.5))
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.text(0, 4.15, "one by one: the card waits for Python")
+    axis.text(0, 1.65, "a graph: launched once")
+    axis.set_yticks([3.65, 2.85, 1.15, 0.35], ["Python", "card", "Python", "card"])
+    axis.set(xticks=[], xlabel="time", xlim=(-1, starts[-1] + 3), ylim=(-0.2, 4.6),
+             title="Why replay a graph?")
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
 
 
 def draw_spans(axis: plt.Axes, y: float, starts: list[float], lengths: list[float], color: str) -> None:
@@ -65,15 +67,15 @@ def draw_ports(axis: plt.Axes) -> None:
         style = "<->" if goes_in and goes_out else "<-" if goes_in else "->"
         axis.annotate("", (2.6, y), (2.0, y), arrowprops=dict(arrowstyle=style, color=BLUE, lw=2))
         axis.text(2.7, y, f"{name}: {what}", va="center")
-    axis.set(xlim=(0.9, 6.2), ylim=(-0.2, 5.2), title="All that a replay knows")
+    axis.set(xlim=(0.9, 6.2), ylim=(-0.2, 5.2), title="What does a replay read and write?")
     axis.axis("off")
 
 
 def draw_graph(out: Path) -> dict:
     """Kernels launched one by one and all at once, and what a graph reads and writes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.9))
-    draw_times(left)
-    draw_ports(right)
+    figure, (above, below) = panels(2, 1, 6.2)
+    draw_times(above)
+    draw_ports(below)
 
     save(figure, out / "graph.png")
     launches, starts = one_by_one()

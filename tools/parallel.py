@@ -96,7 +96,7 @@ def load_share(
     rank = dist.get_rank()
     path = checkpoint(path)
     config = load_config(path)
-    device, dtype, attend = available(own_card(device), dtype, attention)
+    device, dtype, attend = available(path, own_card(device), dtype, attention)
     with torch.device("meta"):
         share = Share(config, dist.get_world_size(), attend)
 

@@ -1,6 +1,9 @@
 """Train the tiny checkpoint: this architecture with 2.9 million parameters, on pictures of colored shapes.
 
     python tools/train_tiny.py      # from nothing to runs/tiny, or on from there
+    python tools/train_tiny.py --start tiny --work runs/mine --steps 600 --tower-steps 0 --lr 5e-4
+
+The second begins with the weights of tiny/, to teach it something more: docs/tiny.md has an example.
 
 The recipe. With questions and answers alone nothing is learned for thousands of steps: the decoder finds
 nothing to read in the picture, so the tower gets no useful gradient. What helps:
@@ -18,7 +21,11 @@ nothing to read in the picture, so the tower gets no useful gradient. What helps
    see the system turn and the picture, not each other, and start at the same position, so each is trained
    exactly as it will be asked. The branches are a mask, given to the model as its attention function.
 6. One picture size per batch. The tower takes its pictures as the frames of one video: frames never meet.
-7. Weights in bfloat16, as they will be used, with float32 masters; Muon for matrices, AdamW for the rest.
+7. Round the weights to bfloat16, as they will be used, and keep float32 masters. Muon for matrices, AdamW
+   for the rest; from a trained checkpoint AdamW for all.
+
+The forward pass computes in float32, because most CPUs have no instructions for bfloat16, and are several
+times slower in it. The weights in tiny/ were trained in bfloat16 throughout.
 
 Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %. Config and tokenizer
 are those of tiny/. Read from the top: targets, batches, losses, the trainer, the loop. What the result is
@@ -51,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scenes
 from scenes import COLORS, DIRECTIONS, KINDS, SHAPES, SIDES, Pixels, Question, Sample, Scene
 
-from load_weights import load_config, load_processor
+from load_weights import load_config, load_model, load_processor
 from model import Config, Qwen2_5_VL
 from processing import IM_END, IMAGE_PAD, VIDEO_PAD, VISION_END, Grid, Processor
 from vision import sdpa
@@ -300,9 +307,8 @@ class TreeAttention:
     mask: Tensor        # (B, 1, T, T) float32, to be added
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        # In float32: torch's kernel for the CPU is slower backwards in bfloat16.
         mask = self.mask if causal else mask
-        return sdpa(q.float(), k.float(), v.float(), mask, causal=False).to(q.dtype)
+        return sdpa(q, k, v, mask, causal=False)
 
 
 class Hints(nn.Module):
@@ -319,13 +325,13 @@ class Hints(nn.Module):
 
     def near_loss(self, merged: Tensor, targets: Tensor, middles: Tensor) -> Tensor:
         """Of the tower's tokens (N, C), with boxes relative to the middles (N, 2) of the cells."""
-        said = columns(self.near(merged).float(), self.NEAR)
+        said = columns(self.near(merged), self.NEAR)
         true = columns(targets, TARGETS)
         return seen_loss(said, true, true["box"] - middles.repeat(1, 2))
 
     def far_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of the decoder's (N, C): boxes from the corner of the picture, their decimal digits, order, way."""
-        said = columns(self.far(hidden).float(), self.FAR)
+        said = columns(self.far(hidden), self.FAR)
         true = columns(targets, TARGETS)
         box = true["box"]
         thing = true["thing"] > 0
@@ -372,32 +378,21 @@ class Trainer:
     HINTED = 2          # decoder layer after which far hints are asked for
     POINTING = 3        # decoder layer in which heads are told where to look
 
-    def __init__(self, config: Config, seed: int, rate: float):
+    def __init__(self, config: Config, seed: int, rate: float, start: Path | None = None):
         torch.manual_seed(seed)
         self.rate = rate
         self.attend = TreeAttention()
         self.model = Qwen2_5_VL(config, self.attend)
         self.hints = Hints(config.hidden_size)
         nn.init.normal_(self.model.model.embed_tokens.weight, std=0.05)
+        if start is not None:
+            self.model.load_state_dict(load_model(start, "cpu", torch.float32).state_dict())
 
         # The weights are what the masters round to.
         self.parameters = [*self.model.parameters(), *self.hints.parameters()]
         self.masters = [p.detach().clone() for p in self.parameters]
-        self.model.bfloat16()
-        self.hints.bfloat16()
-
-        # Muon for the matrices of blocks and layers, AdamW for embeddings, vectors and hints.
-        hidden = set()
-        for module in (self.model.visual, self.model.model.layers):
-            hidden |= {id(p) for p in module.parameters() if p.ndim == 2}
-        matrices = []
-        others = []
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            (matrices if id(p) in hidden else others).append(master)
-        self.optimizers = [
-            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        self.publish()
+        self.optimizers = self.adamw() if start else self.muon_and_adamw()
 
         # What the losses need from inside of a forward pass.
         self.caught = {}
@@ -405,6 +400,24 @@ class Trainer:
         self.model.visual.register_forward_hook(self.catch("merged"))
         layers[self.HINTED].register_forward_hook(self.catch("hidden"))
         layers[self.POINTING].self_attn.attend = self.attend_and_catch
+
+    def adamw(self) -> list[torch.optim.Optimizer]:
+        """For what is trained already: Muon's steps have one size, and would shake it."""
+        return [torch.optim.AdamW(self.masters, betas=(0.9, 0.98), weight_decay=0.0)]
+
+    def muon_and_adamw(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of blocks and layers, AdamW for embeddings, vectors and hints."""
+        hidden = set()
+        for module in (self.model.visual, self.model.model.layers):
+            hidden |= {id(p) for p in module.parameters() if p.ndim == 2}
+        matrices = []
+        others = []
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            (matrices if id(p) in hidden else others).append(master)
+        return [
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
     def catch(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -429,9 +442,9 @@ class Trainer:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters to the weights."""
+        """The weights become what the masters round to in bfloat16."""
         for p, master in zip(self.parameters, self.masters, strict=True):
-            p.copy_(master)
+            p.copy_(master.bfloat16())
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a batch of trees."""
@@ -451,7 +464,7 @@ class Trainer:
         x = self.model.embed(batch.input_ids, **pixels)
         unseen = ~batch.visible[:, None]
         self.attend.mask = torch.zeros(unseen.shape).masked_fill(unseen, torch.finfo(torch.float32).min)
-        return self.model.logits(x, positions).float()
+        return self.model.logits(x, positions)
 
     def losses(self, batch: Batch, tower_only: bool) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         """Losses by name, and for every kind of question which answers are right to the last token."""
@@ -498,8 +511,8 @@ class Trainer:
 
     def pointing_scores(self) -> Tensor:
         """Of the heads that point, one for each key head: (B, kv heads, T, T), masked."""
-        q = self.caught["q"].float()
-        k = self.caught["k"].float()
+        q = self.caught["q"]
+        k = self.caught["k"]
         q = q[:, ::q.shape[1] // k.shape[1]]                                            # (B, kv heads, T, D)
         return q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + self.attend.mask
 
@@ -510,7 +523,7 @@ class Trainer:
 
         # The gradients move over to the masters.
         for p, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if p.grad is None else p.grad.float()
+            master.grad = p.grad
             p.grad = None
         nn.utils.clip_grad_norm_(self.masters, 1.0)
 
@@ -525,19 +538,22 @@ class Trainer:
 
 # ---------------------------------------------------------------------------- the loop
 
-def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: float) -> None:
-    """All but the weights comes from tiny/; where `work` holds a state, training goes on from there."""
+def train(work: Path, seed: int, steps: int, tower_steps: int, size: int, rate: float,
+          start: Path | None = None) -> None:
+    """All but the weights comes from tiny/; they begin at random, or are those of the checkpoint `start`.
+    Where `work` holds a state, training goes on from there.
+    """
     shutil.copytree(TINY, work, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    trainer = Trainer(load_config(work), seed, rate)
+    trainer = Trainer(load_config(work), seed, rate, start)
     saved = work / "state.pt"
-    start = 0
+    done = 0
     if saved.exists():
-        start = trainer.restore(torch.load(saved, weights_only=True))
-        print(f"on from step {start}", file=sys.stderr)
+        done = trainer.restore(torch.load(saved, weights_only=True))
+        print(f"on from step {done}", file=sys.stderr)
 
     # Another process makes the batches.
     batches = Batches(load_processor(work), seed, size, steps)
-    batches = torch.utils.data.Subset(batches, range(start, steps))
+    batches = torch.utils.data.Subset(batches, range(done, steps))
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
 
     clock = time.time()
@@ -573,7 +589,7 @@ def save(work: Path, trainer: Trainer, step: int) -> None:
     torch.save(trainer.state(step), state.with_suffix(".new"))
     state.with_suffix(".new").replace(state)
 
-    weights = {name: p.contiguous() for name, p in trainer.model.state_dict().items()}
+    weights = {name: p.bfloat16().contiguous() for name, p in trainer.model.state_dict().items()}
     save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
     draw_curve(work / "log.jsonl", work / "loss.png")
 
@@ -587,7 +603,8 @@ def draw_curve(log: Path, path: Path) -> None:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points), label=name)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -596,13 +613,14 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--work", type=Path, default=Path("runs/tiny"), help="where it grows; an interrupted run goes on")
+    add("--start", type=Path, help="a checkpoint to begin with")
     add("--seed", type=int, default=1)
     add("--steps", type=int, default=6600)
     add("--tower-steps", type=int, default=600, help="first steps, of the vision tower alone")
     add("--batch", type=int, default=16, help="pictures")
     add("--lr", type=float, default=3e-3)
     args = parser.parse_args()
-    train(args.work, args.seed, args.steps, args.tower_steps, args.batch, args.lr)
+    train(args.work, args.seed, args.steps, args.tower_steps, args.batch, args.lr, args.start)
 
 
 if __name__ == "__main__":
