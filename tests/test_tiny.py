@@ -245,6 +245,14 @@ def test_batch_is_the_same_for_a_seed():
 
 def test_interrupted_training_goes_on(narrow, tmp_path, monkeypatch, capsys):
     """Bug: a second run begins anew, or its log does."""
+    taken = []
+    step = train_tiny.Trainer.step
+
+    def noted(trainer, batch, *rest):
+        taken.append(batch.step)
+        return step(trainer, batch, *rest)
+
+    monkeypatch.setattr(train_tiny.Trainer, "step", noted)
     monkeypatch.setattr(train_tiny, "TINY", narrow)
     work = tmp_path / "work"
     settings = dict(seed=1, tower_steps=1, size=2, rate=1e-3)
@@ -252,6 +260,7 @@ def test_interrupted_training_goes_on(narrow, tmp_path, monkeypatch, capsys):
     assert "on from step" not in capsys.readouterr().err
     train_tiny.train(work, steps=4, **settings)
     assert "on from step 3" in capsys.readouterr().err
+    assert taken == [0, 1, 2, 3]
 
     log = (work / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [3, 4]
