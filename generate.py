@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="makes sampling repeatable")
 
     # Which model to ask.
-    add("--model", help="a checkpoint's directory or hub id, as Qwen/Qwen2.5-VL-3B-Instruct (default: tiny)")
+    add("--model", help="a directory or hub id, such as Qwen/Qwen2.5-VL-3B-Instruct (default: tiny)")
     add("--device", default="auto", metavar="NAME",
         help="cuda, cuda:1, cpu; mps, xpu and others untested (default: cuda if there is one, else cpu)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
@@ -130,6 +130,7 @@ def progress(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()        # it may just be speaking
 
 
 @contextmanager
@@ -138,8 +139,9 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        # As Python says it, or in the words of CUDA or the CPU.
         known = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
-        if not known:       # of RuntimeErrors, CUDA's and the CPU's
+        if not known:
             raise
         raise ValueError(f"out of memory; {remedy}") from None
 
@@ -166,7 +168,7 @@ def line_after(start: float, times: list[float], device: torch.device) -> str:
         line += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} a second"
     line += f"; {len(times)} tokens"
 
-    # The most that the device, or else the process, had in use.
+    # Peak memory of the device, or else of the process.
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     elif resource is not None:      # in kilobytes, on macOS in bytes

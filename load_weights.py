@@ -31,8 +31,8 @@ ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What all published checkpoints share, for keys that a config.json leaves out: the 32B's has no window size
-# and no full blocks. (The defaults of Hugging Face's classes differ.) Sizes have no such value, except the
-# width of the tower's MLP, which transformers 4.49 left out for the 3B and 7B.
+# and no full blocks. (The defaults of Hugging Face's classes differ.) Sizes that vary are not here, but for
+# the width of the tower's MLP, which transformers 4.49 left out for the 3B and 7B.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
     tie_word_embeddings=False, image_token_id=151655, video_token_id=151656,
@@ -122,7 +122,7 @@ def checked(path: Path, content: dict, name: str, kind: type, default: object = 
 
 
 def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> None:
-    """ValueError for a setting whose value is not among the supported ones; with (), for any that is there.
+    """ValueError for a setting whose value is not among the supported ones; an empty tuple refuses any value.
     `path` is for the message.
     """
     for name, values in supported.items():
@@ -367,8 +367,8 @@ def check_tokenizer_config(path: Path, tokenizer: Tokenizer) -> None:
         template = read_json(path / name, optional=True).get("chat_template", template)
 
     if template is not None and zlib.crc32(str(template).strip().encode()) != PUBLISHED_TEMPLATE:
-        warnings.warn(f"{path}: its chat template is not the published one, which is used all the same; "
-                      "where it says something else, answers differ", stacklevel=3)
+        warnings.warn(f"{path}: its chat template is ignored in favor of the published one; where "
+                      "they differ, answers do, too", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------- the weights
@@ -467,7 +467,7 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
     with torch.device("meta"):
         model = Qwen2_5_VL(config, attend)
     weights = read_weights(path, device)
-    as_published(model, weights)        # four bits (int4.py, optional): other layers for those weights
+    as_published(model, weights)        # if in four bits (int4.py, optional): swaps in layers for them
 
     # A tied head may be stored as well, or alone, as safetensors' save_model does.
     tied_head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -481,8 +481,8 @@ def read_model(path: Path, config: Config, device: str, attend: Attend) -> Qwen2
         reason = " ".join(str(error).split()).partition(": ")[2][:300]
         unknown = sorted(weights.keys() - model.state_dict().keys())
         if unknown:                     # with its prefix, where a wrapper has left one
-            reason = f"its {unknown[0]} is no name of this model's"
-        raise ValueError(f"{path}: {reason}; are weights and config.json of one checkpoint?") from None
+            reason = f"its {unknown[0]} is not a name in this model"
+        raise ValueError(f"{path}: {reason}; are weights and config.json from the same checkpoint?") from None
 
     embedding = model.model.embed_tokens.weight
     if tied_head is not None and not torch.equal(tied_head, embedding):

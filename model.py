@@ -9,7 +9,7 @@ A forward pass, with the sizes of one picture of 672 x 448 pixels and the 7B:
 
 Read from the top: config, cache, attention, layer, model. After a picture two counters differ: how many
 tokens the cache holds (KVCache.length), and the MRoPE position of the next one. Neither follows from the
-other, so the caller keeps the position and passes it in. No module stores one, left over from another call.
+other, so the caller keeps the position and passes it in. No module keeps it, where it could go stale.
 
 Sources: Qwen2.5 (arXiv 2412.15115) section 2, Qwen2.5-VL (2502.13923) section 2.1. Next: sampling.py
 
@@ -59,7 +59,7 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        # Every channel pair has its axis. `load_config` checks that this is hidden_size / heads.
+        # The sections add up to all D/2 channel pairs. `load_config` checks that this is hidden_size / heads.
         return 2 * sum(self.mrope_section)
 
 
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
 def causal_mask(slots: Tensor, S: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What to add to the scores of new tokens at slots (T,) against S slots: (B or 1, 1, T, S), 0 or -inf.
 
-    By order in the sequence and never by position: inside a picture positions repeat and go backward.
+    Slots decide, never positions: inside a picture those repeat and go backward.
     """
     keys = torch.arange(S, device=slots.device)
     queries = slots[:, None]
@@ -294,7 +294,7 @@ class Qwen2_5_VL(nn.Module):
             S = attention_mask.shape[1]
 
         # What a token sees. Without pads, a whole prompt is causal and one new token sees everything, so
-        # neither needs a mask tensor. A chunk (1 < T < S) needs one, and whatever has pads.
+        # neither needs a mask tensor. A chunk (1 < T < S) needs one, and so does an attention_mask.
         mask = None
         causal = attention_mask is None and T == S
         if attention_mask is not None or 1 < T < S:

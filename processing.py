@@ -48,7 +48,7 @@ VIDEO_MIN_FRAMES = 4
 VIDEO_MAX_FRAMES = 768
 NOT_DECODED = "mp4 m4v mov mkv webm avi mpg mpeg wmv flv ts m2ts 3gp ogv".split()
 
-# Control tokens of the chat template.
+# Control tokens: of padding, and of the chat template.
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -77,7 +77,7 @@ def smart_resize(
 ) -> Size:
     """The (height, width) to resize to: multiples of factor, within min_pixels and max_pixels.
 
-    Rounds half to even (70 -> 56). Very long pictures may end above max_pixels: no side goes below factor.
+    Rounds half to even (70 -> 56). Very long pictures may end up above max_pixels: no side goes below factor.
     Raises ValueError above an aspect ratio of 200. HF: smart_resize.
     """
     if not 0 < max(height, width) <= MAX_ASPECT_RATIO * min(height, width):
@@ -187,10 +187,10 @@ def item_parts(item: object) -> list[Part]:
     """The parts of an item of a content list; ValueError for what is not supported."""
     kind = item_kind(item)
     if sum(item.get(name) is not None for name in SOURCES[kind]) != 1:
-        raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; other items have "
-                         "none of them, not even as None")
+        raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; items of another "
+                         "kind must lack these keys, not hold None")
 
-    # What doesn't decide the kind may be there and empty, as in the columns of a table.
+    # Keys that `item_kind` ignores may be there and empty, as when items come from a table.
     known = ("type", *SOURCES[kind], *OPTIONS[kind])
     for name, value in item.items():
         if name not in known and value not in (None, ""):
@@ -313,7 +313,7 @@ class Processor:
         low = low or self.video_min_pixels
         high = high or self.video_max_pixels
 
-        # A share of the total, which counts a pair of frames once; but above low, as in qwen-vl-utils.
+        # Its share of the total, where two frames count as one; at least 5% above low, as in qwen-vl-utils.
         if not high:
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
@@ -338,7 +338,7 @@ class Processor:
         """Patches (N, 1176) uint8, of one picture or more, as float32: from 0 to 1, minus the mean, divided
         by the deviation.
         """
-        x = np.concatenate(patches, dtype=np.float32)       # the one copy of this size
+        x = np.concatenate(patches, dtype=np.float32)       # the only copy: the rest is in place
         x = x.reshape(len(x), 3, -1)                        # patches, channels, the rest
         x /= np.float32(255)
         x -= np.array(self.image_mean, np.float32)[:, None]
@@ -450,12 +450,12 @@ def by_number(file: Path) -> list[int | str]:
 
 
 def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, float]:
-    """Frames of an animated file, at even numbers apart, so many that there are about fps in a second; how
-    many, and the seconds that each stands for.
+    """Frames of an animated file, evenly spaced, about fps of them per second; how many, and the seconds that
+    each stands for.
 
     The file is read twice, so that only one frame at a time is held at full size.
     """
-    # How long each frame is shown. The first of an animated PNG may be a fallback, outside the animation.
+    # Frame number -> seconds shown. The first of an animated PNG may be a fallback, outside the animation.
     delays = {i: delay for i, (frame, delay) in enumerate(read_frames(path))
               if i > 0 or not frame.info.get("default_image")}
     duration = sum(delays.values())

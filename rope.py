@@ -1,9 +1,9 @@
 """Where every token sits: rotary position embeddings (RoPE), with two axes in the vision tower and three in
 the decoder (MRoPE, the multimodal form).
 
-A rotary embedding adds nothing to x. It takes the channels of a query or key in pairs, as points in a plane,
-and rotates each by position x frequency. The dot product of two rotated vectors then depends on their
-positions only through the difference.
+A rotary embedding adds nothing to its input. It takes the channels of a query or key in pairs, as points in
+a plane, and rotates each by position times frequency. The dot product of two rotated vectors then depends on
+their positions only through the difference.
 
 Read from the top: the rotation itself, then the two axes of a patch, then the three axes of a token. Both
 rotary embeddings are half-split: channel i is paired with channel i + D/2, not with its neighbor i + 1.
@@ -83,7 +83,7 @@ def item_positions(start: int, item: Item, merge_size: int, tokens_per_second: i
     rows = torch.arange(h // merge_size)        # of merge groups
     columns = torch.arange(w // merge_size)
 
-    # Index x seconds x rate, in float32, truncated last: HF 4.57 truncates the seconds first.
+    # trunc(index x seconds x rate), in float32. HF 4.57 truncates the seconds before it multiplies.
     times = (torch.arange(t) * interval * tokens_per_second).long()
     axes = torch.meshgrid(times, rows, columns, indexing="ij")
     groups = torch.stack(axes, dim=-1).view(-1, 3)              # in reading order
@@ -141,8 +141,8 @@ def mrope_positions(
         row      0  1  |  2  2  2  3  3  3  |  5  6
         column   0  1  |  2  3  4  2  3  4  |  5  6
 
-    Six tokens, but only three positions. In a video, time follows the clock: temporal patch i is at
-    s + trunc(i x seconds per temporal patch x tokens_per_second).
+    The picture's six tokens use up three positions. In a video, time follows the clock: temporal patch i is
+    at s + trunc(i x seconds per temporal patch x tokens_per_second).
 
     input_ids and attention_mask (1 real, 0 pad; not a way to hide a token): (B, T). Grids: (items, 3) in
     patches, in the order of the whole batch. second_per_grid_ts: seconds from one temporal patch to the next,

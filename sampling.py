@@ -102,9 +102,9 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
 
     A token of the 7B takes some 800 kernels, and most are done before Python has launched the next one. The
     graph changes nothing else: the same kernels run in the same order, and none are fused. So a step must
-    find all it reads at the same addresses each time, look at no value, and keep nothing that changes in
-    Python, since a replay runs no Python. The step must have run once before: libraries set themselves up at
-    their first call, which a capture forbids.
+    find all it reads at the same addresses each time, look at no value, and keep no changing state in Python,
+    since a replay runs no Python. The step must have run once before: libraries set themselves up at their
+    first call, which a capture forbids.
     """
     device = cache.k.device
     with torch.cuda.device(device):
@@ -203,9 +203,9 @@ def token_loop(
         row[ids[real]] = True
     seen = seen.to(device)
 
-    # What every step reads and writes, in place. Besides the weights a CUDA graph knows these addresses and
-    # nothing else: it reads token and mask, moves position and cache.end on, fills the cache, and overwrites
-    # its logits.
+    # What every step reads and writes, in place. These addresses and the weights' are all that a CUDA graph
+    # knows: it reads token and mask, moves position and cache.end on, fills the cache, and overwrites its
+    # logits.
     S = slots_needed(T, max_new_tokens)
     unpadded = bool(attention_mask.all())
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, S - T)), dim=1).to(device)
@@ -214,7 +214,7 @@ def token_loop(
     position = next_position[:, None].to(device)
 
     def step() -> Tensor:
-        if graph:       # its mask cannot grow: the whole one, of which `causal_mask` hides the slots ahead
+        if graph:       # its mask cannot grow: pass all of it; `causal_mask` hides the slots ahead
             return decode_step(model, token, position, mask, cache)
         visible = None if unpadded else mask[:, :cache.length + 1]
         return decode_step(model, token, position, visible, cache)

@@ -1,4 +1,4 @@
-"""Patches become tokens: the vision transformer, and the parts that both towers share.
+"""Patches become tokens: the vision transformer (the tower), and the parts that it shares with the decoder.
 
 Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then come patch embedding, windows,
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
@@ -149,7 +149,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
 # ---------------------------------------------------------------------------- patches and windows
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel is a linear map of each flattened patch, and computed as that.
+    """A convolution whose stride is its kernel is a linear map of flattened patches, and is computed as one.
 
     Its weights are in the order of a row of pixel_values: channel, frame, y, x.
     """
@@ -164,7 +164,7 @@ class PatchEmbed(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How attention cuts up a picture or video. A run is a number of equal windows; frames are all cut alike.
+    """How attention cuts up a picture or video: every frame into the same runs of windows of one size.
 
     A picture 420 pixels wide and 280 high is 1 frame, with runs [(6, 64), (2, 48), (3, 32), (1, 24)].
     """
@@ -182,7 +182,7 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
 
     A frame is cut into windows of `window` x `window` merge groups; those at its right and bottom edges are
     smaller, not padded. Equal windows become neighbors, so that they can share one attention call without a
-    mask. (Hugging Face keeps them in raster order and needs a kernel for sequences of any length.) Frames and
+    mask. (Hugging Face keeps them in raster order and needs a kernel for unequal sequences.) Frames and
     items stay where they were.
 
     grid_thw: (items, 3): temporal patches, rows, columns. Returns order (N / merge_size^2,), int64 on the
@@ -255,7 +255,7 @@ class VisionAttention(nn.Module):
         qk = rotate(qkv[:, :2].float(), cos, sin).to(x.dtype)
         qkv = torch.cat((qk, qkv[:, 2:]), dim=1)
 
-        # No item sees another.
+        # No item sees another. The windows of all its frames add up to its patches.
         items = qkv.split([sum(layout.lengths) for layout in layouts])
         y = [attend_windows(self.attend, item, layout) for item, layout in zip(items, layouts, strict=True)]
         return self.proj(torch.cat(y))

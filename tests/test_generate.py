@@ -310,12 +310,15 @@ def test_long_work_is_announced(capsys, monkeypatch):
         def cancel(self):
             self.running = False
 
+        def join(self):
+            timers.append("joined")
+
     monkeypatch.setattr("threading.Timer", Timer)
     with module.progress("loading"):
         assert timers[0].running
         timers[0].fire()
         assert capsys.readouterr() == ("", "loading ...\n")
-    assert not timers[0].running
+    assert not timers[0].running and timers[1] == "joined"
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")

@@ -194,9 +194,9 @@ def test_what_is_not_computed_is_refused_by_name(change, message, tmp_path):
 
 @pytest.mark.parametrize("name, tensor, message", [
     ("model.layers.1.mlp.up_proj.qzeros", None, r"Missing key\(s\).*layers.1.mlp.up_proj.qzeros"),
-    ("model.layers.1.mlp.up_proj.g_idx", torch.zeros(256), "its .*up_proj.g_idx is no name of this model's"),
+    ("model.layers.1.mlp.up_proj.g_idx", torch.zeros(256), "its .*up_proj.g_idx is not a name in this model"),
     ("model.layers.1.mlp.up_proj.qweight", torch.zeros(32, 512).int(), "size mismatch.*up_proj.qweight"),
-    ("lm_head.qweight", torch.zeros(256, 64).int(), "its lm_head.qweight is no name of this model's"),
+    ("lm_head.qweight", torch.zeros(256, 64).int(), "its lm_head.qweight is not a name in this model"),
 ])
 def test_tensors_that_do_not_fit_are_refused(saved, name, tensor, message):
     """Zeros that are missing, a permutation that is not applied, GPTQ's shape, a head in four bits."""

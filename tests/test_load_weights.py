@@ -338,7 +338,7 @@ def test_defaults_are_the_checkpoints_own(saved):
 
 @pytest.mark.parametrize("name, tensor, message", [
     ("visual.merger.ln_q.weight", None, r"Missing key\(s\) .*visual.merger.ln_q.weight"),
-    ("extra", torch.zeros(1), "its extra is no name of this model's"),
+    ("extra", torch.zeros(1), "its extra is not a name in this model"),
     ("model.norm.weight", torch.zeros(3), "size mismatch for model.norm.weight.*one checkpoint"),
     ("model.norm.weight", torch.ones(256, dtype=torch.int8),
      "model.norm.weight.*Only Tensors of floating point.*one checkpoint"),

@@ -132,7 +132,7 @@ def test_option_of_an_url_is_refused_by_name(processor):
 def test_item_has_exactly_one_picture(processor, item):
     """As data sets hand out rows whose empty columns are None."""
     message = refusal(processor, user(item))
-    assert "give exactly one of " in message and "not even as None" in message
+    assert "give exactly one of " in message and "must lack these keys" in message
 
 
 @pytest.mark.parametrize("value", ["2", [2], True, float("nan"), float("inf"), 0, -1, Decimal(2), b"2"])
@@ -182,7 +182,7 @@ FOREIGN = {
     "tensor": (torch.zeros(3, 56, 56), "Tensor is not a path; .* arrays with Image.fromarray"),
     "closed file": (open(DEMO, "rb"), "BufferedReader is not a path; open files"),
     "closed picture": (closed(), "an unreadable PIL image .* load it before closing its file"),
-    "None": (None, "give exactly one of image, .* none of them, not even as None"),
+    "None": (None, "give exactly one of image, .* must lack these keys, not hold None"),
     "no URL": ({"url": None}, "NoneType is not a path"),
     "nothing": ("", ": no such file; check the path"),
     "long path": (50 * "folder/" + "a.png", "folder/.*: no such file; check the path"),
@@ -205,7 +205,7 @@ def test_advice_fits_what_was_given(processor, name, kind, tmp_path, monkeypatch
     if kind == "video":
         advice = {
             "closed picture": "PngImageFile is not a path; .* a video is a folder, a file or a list",
-            "None": "give exactly one of video, .* none of them, not even as None",
+            "None": "give exactly one of video, .* must lack these keys, not hold None",
             "folder": "a video needs frames and fps, the rate at which they were taken; give both",
         }.get(name, advice)
     message = refusal(processor, user({"type": kind, kind: source}))

@@ -6,10 +6,10 @@
 
 "HF" is transformers with sdpa and without compilation; on CUDA its better time with and without cuDNN
 attention, and for decoding a row more, with static cache and compilation. Only ratios count: machines differ,
-and drift. Each is the median of ten pairs, with the smallest and the largest. A size whose outputs disagree
-(with four layers) gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be equal; in
-bfloat16 neither may be further from the float32 result than 1.5 times the other. On CUDA a step that is
-replayed as a graph must give the very logits of the step itself.
+and drift. Each is the median of twenty pairs, with the smallest and the largest. A size whose outputs
+disagree (with four layers) gets no ratios: in float32 logits must agree to 1e-5 of the largest and tokens be
+equal; in bfloat16 neither may be further from the float32 result than 1.5 times the other. On CUDA a step
+that is replayed as a graph must give the very logits of the step itself.
 
 Times per token are what twice as many tokens take more, so that neither the prompt nor a capture is in them.
 The share of the copy bandwidth is that of the weights which a token has to read; the cache is not counted.
@@ -44,7 +44,7 @@ from load_weights import load_model
 from model import Config, KVCache, Qwen2_5_VL
 from sampling import capture, decode_step, generate, slots_needed
 
-PAIRS = 10                  # of timings, in turns
+PAIRS = 20                  # of timings, in turns
 TOLERANCE = 1e-5            # of logits in float32, of the largest
 BFLOAT16_FACTOR = 1.5       # how much further off than the other's
 COPY_BYTES = 2 * 2**30
@@ -362,7 +362,7 @@ def first_row(pair: Pair) -> Row:
 def decode_row(pair: Pair, bandwidth: float) -> Row:
     """The tokens after it."""
     inputs = question(pair)
-    clock = partial(seconds_per_token, count=8 if pair.size == "layer" else 32)
+    clock = partial(seconds_per_token, count=32)
     ours = partial(ours_tokens, pair, inputs)
     hf = partial(hf_tokens, pair, inputs)
     row = compare(pair, "decode, per token", ours, hf, clock)
