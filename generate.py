@@ -1,5 +1,5 @@
 """The program: a picture and a question on the command line, the answer on stdout. It shows how the parts are
-used together, so read `run` first; the rest is user interface.
+used together: `run` is the core, the rest is user interface.
 
     python generate.py --model Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --prompt "What is on the table?"
 
@@ -130,7 +130,7 @@ def progress(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()        # it may just be speaking
+        timer.join()        # it may be printing right now
 
 
 @contextmanager
@@ -248,9 +248,9 @@ def run(args: argparse.Namespace, load: Callable[..., Qwen2_5_VL]) -> None:
 def main(argv: list[str] | None = None, load: Callable[..., Qwen2_5_VL] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
 
-    load: what loads the model, if not `load_model` (tools/parallel.py hands in its own).
+    load: what loads the model, if not `load_model` (tools/parallel.py passes its own).
     """
-    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: print would use stdout
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # None if closed: print would use stdout
     warnings.filterwarnings("ignore", module="PIL")         # about files that it can still read
     warnings.showwarning = note_warning
     try:

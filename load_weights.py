@@ -31,7 +31,7 @@ ATTENTIONS = {"sdpa": sdpa, "eager": eager}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What all published checkpoints share, for keys that a config.json leaves out: the 32B's has no window size
-# and no full blocks. (The defaults of Hugging Face's classes differ.) Sizes that vary are not here, but for
+# and no full blocks. (The defaults of Hugging Face's classes differ.) Sizes that vary are not here, except
 # the width of the tower's MLP, which transformers 4.49 left out for the 3B and 7B.
 SHARED = dict(
     rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=128000,
@@ -79,7 +79,7 @@ def checkpoint(name: str | Path) -> Path:
 def read_json(path: Path, optional: bool = False) -> dict:
     """The object in a JSON file, without its nulls; an empty one for an optional file that is missing.
 
-    Raises OSError if another one is missing, ValueError if it is broken.
+    Raises OSError if a required one is missing, ValueError if it is broken.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def refuse_others(path: Path, settings: dict, supported: dict[str, tuple]) -> No
 
 # ---------------------------------------------------------------------------- config.json
 
-# The supported values of settings that may have others.
+# Of the values that a setting may have, those supported here.
 SUPPORTED = dict(
     model_type=("qwen2_5_vl",), use_sliding_window=(False,), hidden_act=("silu",),
     rope_type=("default", "mrope"))
@@ -143,7 +143,7 @@ SUPPORTED_VISION = dict(hidden_act=("silu",), rope_type=("default", "axial"), ro
 
 
 def load_config(path: str | Path) -> Config:
-    """The config of a checkpoint, a directory or hub id, in any dialect.
+    """The config of a checkpoint, in any dialect. path: a directory or hub id.
 
     Raises OSError if it is missing; ValueError if it is broken, if its sizes don't fit together, and for what
     is not computed here: other models and activations, other quantization than AWQ's in four bits, sliding
@@ -170,7 +170,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def one_dialect(path: Path, content: dict) -> tuple[dict, dict]:
-    """The decoder's and the tower's settings: flat and full, flat and sparse, or nested under text_config."""
+    """The decoder's and the tower's settings: flat, flat with keys left out, or nested under text_config."""
     # Nested values win, except model_type and tie_word_embeddings, for which the top level is right.
     text = content | checked(path, content, "text_config", dict, {})
     text["model_type"] = content.get("model_type")
@@ -199,8 +199,8 @@ def build(path: Path, cls: type, values: dict) -> Any:
 
 # ---------------------------------------------------------------------------- generation_config.json
 
-# Settings that would change an answer and are not supported, with the values that change nothing.
-WITHOUT_EFFECT = dict(
+# Settings that are not supported, because they change an answer, each with the values that don't.
+NEUTRAL = dict(
     num_beams=(1,), num_beam_groups=(1,), num_return_sequences=(1,), penalty_alpha=(), dola_layers=(),
     constraints=(), force_words_ids=(), bad_words_ids=(), suppress_tokens=(), begin_suppress_tokens=(),
     sequence_bias=(), forced_bos_token_id=(), forced_eos_token_id=(), exponential_decay_length_penalty=(),
@@ -221,7 +221,7 @@ def load_generation_config(path: str | Path) -> dict:
         path = path.with_name("config.json")        # Hugging Face then takes the end token from there
     saved = read_json(path)
     saved |= checked(path, saved, "text_config", dict, {})
-    refuse_others(path, saved, WITHOUT_EFFECT)
+    refuse_others(path, saved, NEUTRAL)
 
     kind = int if isinstance(saved.get("eos_token_id"), int) else tuple[int, ...]
     settings = dict(
@@ -231,7 +231,7 @@ def load_generation_config(path: str | Path) -> dict:
         repetition_penalty=checked(path, saved, "repetition_penalty", float, 1.0),
     )
 
-    # With Hugging Face's defaults for what the file leaves out.
+    # Hugging Face's defaults fill in what the file leaves out.
     if checked(path, saved, "do_sample", bool, False):
         settings["temperature"] = checked(path, saved, "temperature", float, 1.0)
         settings["top_k"] = checked(path, saved, "top_k", int, 50)
@@ -253,10 +253,10 @@ TOKENIZER = dict(add_prefix_space=(False,), split_special_tokens=(False,))
 def load_processor(
     path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Processor:
-    """The processor of a checkpoint, a directory or hub id; limits of a picture override its own.
+    """The processor of a checkpoint. path: a directory or hub id. min_pixels and max_pixels override its own.
 
     Patch and merge sizes come from config.json. Raises OSError or ValueError if a file is missing or broken,
-    ValueError for settings that are not supported and limits that make no sense. Warns of a chat template
+    ValueError for settings that are not supported and limits that make no sense. Warns about a chat template
     that is not the published one.
     """
     path = checkpoint(path)
@@ -313,7 +313,7 @@ def preprocessor(path: Path, block: str, name: str) -> tuple[Path, dict]:
 
 
 def limits(path: Path, settings: dict, low: int, high: int) -> tuple[int, int]:
-    """min_pixels and max_pixels. They come in two forms, by name or as edges of a size; names come first."""
+    """min_pixels and max_pixels. By name, or in a size, whose "edges" are areas, too; names come first."""
     size = checked(path, settings, "size", dict, {"shortest_edge": low, "longest_edge": high})
     refuse_others(path, size, dict(height=(), width=()))
     both = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | settings
@@ -368,7 +368,7 @@ def check_tokenizer_config(path: Path, tokenizer: Tokenizer) -> None:
 
     if template is not None and zlib.crc32(str(template).strip().encode()) != PUBLISHED_TEMPLATE:
         warnings.warn(f"{path}: its chat template is ignored in favor of the published one; where "
-                      "they differ, answers do, too", stacklevel=3)
+                      "they differ, answers will, too", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------- the weights
@@ -399,7 +399,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def published_name(name: str) -> str:
-    """A parameter's published name, also from its name inside Hugging Face's module (in FSDP's files)."""
+    """A parameter's published name; files from FSDP have the names inside Hugging Face's module."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -423,8 +423,8 @@ def load_model(
 ) -> Qwen2_5_VL:
     """The model of a checkpoint, ready to answer: in eval mode, without gradients.
 
-    path: a directory or hub id. device: "cpu", "cuda", "cuda:1", or another that torch has here; "auto" is
-    CUDA if there is any, else the CPU. dtype: torch.bfloat16, torch.float32 or their names; "auto" is the
+    path: a directory or hub id. device: "cpu", "cuda", "cuda:1", or another that torch supports here; "auto"
+    is CUDA if there is any, else the CPU. dtype: torch.bfloat16, torch.float32 or their names; "auto" is the
     checkpoint's (its config.json's, or else its weights'), and bfloat16 for weights in four bits. attention:
     "sdpa", "eager".
     Raises OSError for files that are missing, ValueError for everything in them that does not fit.

@@ -59,14 +59,14 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        # The sections add up to all D/2 channel pairs. `load_config` checks that this is hidden_size / heads.
+        # The sections add up to all D/2 channel pairs. `load_config` checks that D is hidden_size / heads.
         return 2 * sum(self.mrope_section)
 
 
 # ---------------------------------------------------------------------------- the cache
 
 class LayerCache(NamedTuple):
-    """One layer's part of a KVCache, up to slot S."""
+    """One layer's part of a KVCache, its first S slots."""
     slots: Tensor           # (T,) int64, where the new tokens go
     k: Tensor               # (B, kv heads, S, D), a view of the cache
     v: Tensor
@@ -254,7 +254,7 @@ class Qwen2_5_VL(nn.Module):
 
         The whole batch is filled row by row, so items lie in order of appearance.
         """
-        tokens = x[0, :0]       # none, unless there are pixels
+        tokens = x[0, :0]       # (0, C), if there are no pixels
         if pixels is not None:
             tokens = self.visual(pixels.to(x.device), grid_thw).to(x.dtype)     # (N / 4, C)
         if placeholders.sum() != len(tokens):
@@ -281,14 +281,14 @@ class Qwen2_5_VL(nn.Module):
         B, T, _ = x.shape
         assert position_ids.shape == (3, B, T), (position_ids.shape, x.shape)
 
-        # The slots of the new tokens, and how many are attended to.
+        # The slots of the new tokens, and how many they are scored against.
         if cache is None:
             slots = torch.arange(T, device=x.device)
             S = T
         else:
             slots = cache.reserve(T)
             S = cache.length
-        if attention_mask is not None:      # may be longer: `causal_mask` hides slots that are not filled yet
+        if attention_mask is not None:      # S may pass the filled slots: `causal_mask` hides those
             most = T if cache is None else cache.k.shape[3]
             assert S <= attention_mask.shape[1] <= most, (attention_mask.shape, S, most)
             S = attention_mask.shape[1]

@@ -48,7 +48,7 @@ VIDEO_MIN_FRAMES = 4
 VIDEO_MAX_FRAMES = 768
 NOT_DECODED = "mp4 m4v mov mkv webm avi mpg mpeg wmv flv ts m2ts 3gp ogv".split()
 
-# Control tokens: of padding, and of the chat template.
+# Control tokens: padding, and the chat template's.
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -101,9 +101,10 @@ def to_original(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
 
     For whoever draws answers: nothing else in these files calls it.
     """
-    y = original[0] / resized[0]
-    x = original[1] / resized[1]
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+    scale_y = original[0] / resized[0]
+    scale_x = original[1] / resized[1]
+    x1, y1, x2, y2 = box
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
 def to_resized(box: Box, resized: Size, original: Size) -> tuple[float, ...]:
@@ -190,7 +191,7 @@ def item_parts(item: object) -> list[Part]:
         raise ValueError(f"{kind} item: give exactly one of {', '.join(SOURCES[kind])}; items of another "
                          "kind must lack these keys, not hold None")
 
-    # Keys that `item_kind` ignores may be there and empty, as when items come from a table.
+    # Keys that do not decide the kind may be there and empty, as when items come from a table.
     known = ("type", *SOURCES[kind], *OPTIONS[kind])
     for name, value in item.items():
         if name not in known and value not in (None, ""):
@@ -294,7 +295,7 @@ class Processor:
                 continue
 
             count = 1
-            if part.item is not None:       # a placeholder for every merge group
+            if part.kind != "special":      # a placeholder for every merge group
                 media.append(self.load(part.kind, part.item))
                 count = math.prod(media[-1].grid) // self.merge_size**2
             row += [self.tokenizer.token_to_id(part.text)] * count
@@ -313,7 +314,7 @@ class Processor:
         low = low or self.video_min_pixels
         high = high or self.video_max_pixels
 
-        # Its share of the total, where two frames count as one; at least 5% above low, as in qwen-vl-utils.
+        # A frame's share of the total, where a pair counts once; at least 5% above low, as in qwen-vl-utils.
         if not high:
             share = VIDEO_TOTAL_PIXELS * self.temporal_patch_size / count
             high = max(min(VIDEO_MAX_PIXELS, share), int(1.05 * low))
@@ -465,6 +466,6 @@ def sample_frames(path: Path, fps: float) -> tuple[Iterable[Image.Image], int, f
     # An even number, as in qwen-vl-utils: two frames share a patch.
     count = min(max(duration * fps, VIDEO_MIN_FRAMES), VIDEO_MAX_FRAMES, len(delays))
     count = max(int(count) // 2 * 2, 2)
-    chosen = np.array(list(delays))[np.linspace(0, len(delays) - 1, count).round().astype(int)]
+    chosen = np.array([*delays.keys()])[np.linspace(0, len(delays) - 1, count).round().astype(int)]
     frames = (rgb(frame) for i, (frame, _) in enumerate(read_frames(path)) if i in chosen)
     return frames, count, duration / count

@@ -33,7 +33,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @lru_cache
 def inv_freq(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians per position of the dim/2 channel pairs, theta^(-2i/dim), fastest first. (dim/2,) float32.
+    """Radians per position, for dim/2 channel pairs: theta^(-2i/dim), fastest first. (dim/2,) float32.
 
     Computed on the CPU, so that every device starts from the same bits.
     """
@@ -162,7 +162,7 @@ def mrope_positions(
         video_token_id: [(*grid, interval) for grid, interval in zip(videos, seconds)],
     }
 
-    # Row by row, pads left out.
+    # Prompt by prompt, pads left out.
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.int64)

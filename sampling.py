@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import Config, KVCache, Qwen2_5_VL
 
-GREEDY_BELOW = 1e-5     # a lower temperature is argmax: published checkpoints say 1e-6 and mean that
+GREEDY_BELOW = 1e-5     # a lower temperature is argmax: published checkpoints say 1e-6 for greedy
 SLOT_MULTIPLE = 64      # of a cache's length: kernels want masks whose rows are aligned
 
 
@@ -111,7 +111,7 @@ def capture(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
             logits = step()     # capturing is not running: kernels are noted, and the card does nothing
-    cache.length -= 1           # but Python did run, and moved the host's own count on
+    cache.length -= 1           # but Python did run, and advanced the host's own count
 
     def replay() -> Tensor:
         graph.replay()          # writes `logits`, and advances cache.end and the position
@@ -204,7 +204,7 @@ def token_loop(
     seen = seen.to(device)
 
     # What every step reads and writes, in place. These addresses and the weights' are all that a CUDA graph
-    # knows: it reads token and mask, moves position and cache.end on, fills the cache, and overwrites its
+    # knows: it reads token and mask, advances position and cache.end, fills the cache, and overwrites its
     # logits.
     S = slots_needed(T, max_new_tokens)
     unpadded = bool(attention_mask.all())
@@ -225,7 +225,7 @@ def token_loop(
     logits = model.logits(x, position_ids.to(device), visible, cache, last_only=True)[:, -1]
     del x
 
-    # One token at a time. The first comes from the prompt's logits, the second from a step as it stands,
+    # One token at a time. The first comes from the prompt's logits, the second from a step not captured,
     # which is also the trial run that a capture needs; from the third on the graph is replayed.
     finished = torch.zeros(B, dtype=torch.bool)
     for n in range(max_new_tokens):

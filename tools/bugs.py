@@ -335,10 +335,10 @@ BUGS = [
         test="test_frames_of_a_folder_go_by_number",
         reported="roboflow/trackers#558 (object trackers)"),
     Bug("boxes scaled the wrong way", "processing.py",
-        right="    y = original[0] / resized[0]\n"
-              "    x = original[1] / resized[1]",
-        wrong="    y = original[1] / resized[1]\n"
-              "    x = original[0] / resized[0]",
+        right="    scale_y = original[0] / resized[0]\n"
+              "    scale_x = original[1] / resized[1]",
+        wrong="    scale_y = original[1] / resized[1]\n"
+              "    scale_x = original[0] / resized[0]",
         test="test_boxes_scale_along_each_axis"),
 
     # A checkpoint's files.
