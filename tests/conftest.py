@@ -12,8 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Everything here is compared on the CPU. On a busy machine its threads wait for one another most of the time,
+# Everything but test_device.py is compared on the CPU. On a busy machine threads mostly wait for one another,
 # and shall sleep meanwhile. Subprocesses inherit both.
+VISIBLE = {name: os.environ[name] for name in ["CUDA_VISIBLE_DEVICES"] if name in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
