@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Everything but test_device.py is compared on the CPU. On a busy machine threads mostly wait for one another,
-# and shall soon sleep meanwhile: OpenMP lets them spin 30 times as long. Subprocesses inherit both.
+# Everything but test_device.py is compared on the CPU. On a busy machine its threads mostly wait for one
+# another: let them sleep soon. (By default OpenMP spins 30 times as long.) Subprocesses inherit both.
 VISIBLE = {name: os.environ[name] for name in ["CUDA_VISIBLE_DEVICES"] if name in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["GOMP_SPINCOUNT"] = "10000"

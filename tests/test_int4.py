@@ -144,10 +144,13 @@ def test_logits_are_those_of_a_dense_model_with_the_same_weights(saved, monkeypa
     # The same without the kernel, and a dense model with the weights that its layers make.
     monkeypatch.setattr(load_weights, "pack", lambda model: None)
     plain = load_model(directory, "cpu", "float32")
+    weights = plain.state_dict()
     for name, linear in plain.named_modules():
         if isinstance(linear, Int4Linear):
-            dense.get_submodule(name).weight.copy_(linear.weight())
-    dense.load_state_dict(dict(plain.named_parameters()), strict=False)     # what is not in four bits
+            weights[f"{name}.weight"] = linear.weight()
+            for packed in ("qweight", "qzeros", "scales"):
+                del weights[f"{name}.{packed}"]
+    dense.load_state_dict(weights)
     expected = dense(**inputs)
     assert_equal("logits of four-bit weights, in plain torch", plain(**inputs), expected)
     assert_close("logits of four-bit weights", model(**inputs), expected, inputs["attention_mask"])

@@ -24,7 +24,7 @@ nothing to read in the picture, so the tower gets no useful gradient. What helps
 7. Round the weights to bfloat16, as they will be used, and keep float32 masters. Muon for matrices, AdamW
    for the rest; from a trained checkpoint AdamW for all.
 
-The forward pass computes in float32, because most CPUs have no instructions for bfloat16, and are several
+The forward pass computes in float32, because many CPUs have no instructions for bfloat16, and are several
 times slower in it. The weights in tiny/ were trained in bfloat16 throughout.
 
 Lists of boxes and videos join in after 15 % of the steps, pairs of pictures after 30 %. Config and tokenizer
@@ -402,7 +402,7 @@ class Trainer:
         layers[self.POINTING].self_attn.attend = self.attend_and_catch
 
     def adamw(self) -> list[torch.optim.Optimizer]:
-        """For what is trained already: Muon's steps have one size, and would shake it."""
+        """For what is trained already. Muon computes in bfloat16, and would take most of a step's time."""
         return [torch.optim.AdamW(self.masters, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def muon_and_adamw(self) -> list[torch.optim.Optimizer]:
